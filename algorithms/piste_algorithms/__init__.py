@@ -1,0 +1,1 @@
+"""Algorithms of gradient descent, usable alone: torch and numpy, never Ray, MLflow or piste."""

@@ -1,0 +1,1 @@
+"""A platform for experiments on gradient-descent algorithms."""

@@ -1,0 +1,1 @@
+"""What a run executes: a model, its data and its objective."""
