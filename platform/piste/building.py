@@ -19,7 +19,7 @@ def build_optimizer(section: Optimizer, model: torch.nn.Module) -> torch.optim.O
     """Builds the optimizer that a recipe names, for a model's trainable parameters.
 
     The groups are those of `[[optimizer.groups]]`; without them what the class itself proposes
-    (`param_groups(model)`), or the no-decay rule of `decay_groups` for a class that does not.
+    (`default_param_groups(model)`), or the no-decay rule of `decay_groups` for a class that does not.
 
     Args:
         section: The recipe's `[optimizer]`.
@@ -61,8 +61,8 @@ def _groups(section: Optimizer, model: torch.nn.Module) -> Groups:
     while innermost.base is not None:
         innermost = innermost.base
     cls = catalog.load_optimizer(innermost.name)
-    if hasattr(cls, "param_groups"):
-        return list(cls.param_groups(model))
+    if hasattr(cls, "default_param_groups"):
+        return list(cls.default_param_groups(model))
     return decay_groups(model)
 
 

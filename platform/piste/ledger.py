@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import psutil
 from filelock import FileLock
 from sqlalchemy import (
     JSON,
@@ -81,6 +82,7 @@ class Run(_Base):
     directory: Mapped[str]
     status: Mapped[str] = mapped_column(index=True)
     attempt: Mapped[int] = mapped_column(default=0)
+    driver: Mapped[str | None]
     created: Mapped[float]
     finished: Mapped[float | None]
     error: Mapped[str | None]
@@ -186,6 +188,20 @@ class Ledger:
             statement = update(Run).where(Run.id == run_id)
             values = {"attempt": Run.attempt + 1, "status": "running", "error": None, "finished": None}
             return int(connection.execute(statement.values(values).returning(Run.attempt)).scalar_one())
+
+    def claim(self, run_id: str, driver: str) -> None:
+        """Makes a driver (`host:pid`) the owner of a run.
+
+        Raises:
+            LedgerError: Another driver on this host is alive and running it.
+        """
+        with self._explained(), self._write.begin() as connection:
+            owner, status = connection.execute(select(Run.driver, Run.status).where(Run.id == run_id)).one()
+            host, _, pid = (owner or "").rpartition(":")
+            same_host = host == driver.rpartition(":")[0]
+            if status == "running" and owner != driver and same_host and psutil.pid_exists(int(pid)):
+                raise LedgerError(f"{run_id} is running in process {pid}: end that first")
+            connection.execute(update(Run).where(Run.id == run_id).values(driver=driver))
 
     def set_status(self, run_id: str, status: str, error: str | None = None) -> None:
         """Sets a run's status (`finished`, `failed`, `interrupted`) and when it ended."""

@@ -1,0 +1,349 @@
+"""The `piste` command: a thin layer over the library. Nothing heavy is imported before it is needed."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from piste.errors import BadInput, PisteError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from piste.reporting import JsonLines, ProgressBar
+    from piste.running import RunResult
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; returns its exit code (0, 1 failed, 2 bad input, 130 interrupted)."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    try:
+        fields = _fields(rest)
+        if fields and options.command not in {"run", "call"}:
+            raise BadInput(f"{options.command} takes no --{next(iter(fields))}")
+        return int(options.act(options, fields) or 0)
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except PisteError as error:
+        if options.debug:
+            raise
+        print(f"piste: {error}", file=sys.stderr)
+        return error.exit_code
+    except Exception as error:
+        if options.debug:
+            raise
+        line = str(error).strip().partition("\n")[0]
+        print(f"piste: {type(error).__name__}: {line} (--debug shows where)", file=sys.stderr)
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--debug", action="store_true", help="show tracebacks")
+    follow = argparse.ArgumentParser(add_help=False)
+    follow.add_argument("--local", action="store_true", help="in this process, without Ray, one worker")
+    follow.add_argument(
+        "--json", action="store_true", help="machine-readable lines instead of a progress bar"
+    )
+
+    parser = argparse.ArgumentParser(
+        prog="piste", description="Experiments on gradient-descent algorithms: on Ray, torch and MLflow."
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def add(name: str, act: Any, help: str, *parents: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        # A recipe's fields are options too (`--optimizer.lr`), so that abbreviations would swallow some.
+        made = commands.add_parser(
+            name, help=help, description=help, parents=[common, *parents], allow_abbrev=False
+        )
+        made.set_defaults(act=act)
+        return made
+
+    listing = add("ls", _ls, "what there is: workloads, optimizers, recipes, runs")
+    listing.add_argument("kind", nargs="?", choices=["workloads", "optimizers", "recipes", "runs"])
+    running = add(
+        "run",
+        _run,
+        "run recipes, one after the other, and compare them; --section.field VALUE overrides",
+        follow,
+    )
+    running.add_argument("recipes", nargs="+", metavar="RECIPE")
+    running.add_argument("--show", action="store_true", help="print the resolved recipe and stop")
+    add("resume", _resume, "continue a run from its last checkpoint", follow).add_argument("run")
+    add(
+        "rerun", _rerun, "repeat a run from its provenance and show the numeric difference", follow
+    ).add_argument("run")
+    calling = add("call", _call, "ask a finished run, for example: piste call RUN sample --prompt 'In the'")
+    calling.add_argument("run")
+    calling.add_argument("verb")
+    add("compare", _compare, "a table and loss curves of some runs").add_argument(
+        "runs", nargs="+", metavar="RUN"
+    )
+    add("sync", _sync, "push what MLflow still lacks").add_argument("runs", nargs="*", metavar="RUN")
+    serving = add("ui", _ui, "MLflow's user interface on the store in use")
+    serving.add_argument("--port", type=int, default=5000)
+    return parser
+
+
+def _fields(rest: Sequence[str]) -> dict[str, Any]:
+    """`--section.field VALUE` and `--section.field=VALUE` as a mapping.
+
+    Raises:
+        BadInput: Something else is among them.
+    """
+    from piste.config import parse_value
+
+    fields: dict[str, Any] = {}
+    words = iter(rest)
+    for word in words:
+        if not word.startswith("--"):
+            raise BadInput(f"unexpected argument {word!r}")
+        name, equals, value = word[2:].partition("=")
+        text = value if equals else next(words, None)
+        if text is None:
+            raise BadInput(f"--{name} needs a value")
+        fields[name] = parse_value(text)
+    return fields
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    return Console(stderr=True)
+
+
+def _observer(options: argparse.Namespace) -> ProgressBar | JsonLines:
+    from piste.reporting import JsonLines, ProgressBar
+
+    return JsonLines() if options.json else ProgressBar(_console())
+
+
+def _ls(options: argparse.Namespace, _fields: dict[str, Any]) -> None:
+    from piste import catalog
+
+    kinds = [options.kind] if options.kind else list(catalog.KINDS)
+    for kind in kinds:
+        if kind == "runs":
+            _ls_runs()
+            continue
+        known = catalog.members(kind)
+        width = max((len(name) for name in known), default=0)
+        print(f"{kind}" if known else f"{kind}: none")
+        for member in known.values():
+            print(f"  {member.name:<{width}}  {member.summary}")
+    if options.kind == "optimizers":
+        print("and every class of torch.optim by name, such as adamw or sgd")
+
+
+def _ls_runs() -> None:
+    from piste.home import home
+    from piste.ledger import Ledger, default_url
+    from piste.reporting import age
+
+    ledger = Ledger(default_url(home()))
+    print(f"runs in {ledger.url}")
+    for run in ledger.runs(limit=50):
+        optimizer = run.config["optimizer"]["name"]
+        print(f"  {run.id:<24} {run.status:<12} {optimizer:<10} {age(run.created):<12} {run.error or ''}")
+
+
+def _run(options: argparse.Namespace, fields: dict[str, Any]) -> int:
+    from piste import running
+    from piste.config import to_toml
+
+    configs = []
+    for name in options.recipes:
+        config = running.load_recipe(name, fields)
+        configs.append((Path(name).stem, running.one_process(config) if options.local else config))
+    if options.show:
+        print("\n".join(to_toml(config) for _, config in configs), end="")
+        return 0
+    if not options.local:
+        _check_resources(configs)
+    from piste.home import home
+    from piste.ledger import Ledger, default_url
+
+    ledger = Ledger(default_url(home()))
+    results: list[RunResult] = []
+    with _shared_cluster(configs, options.local):
+        for name, config in configs:
+            run_id = running.plan(ledger, name, config)
+            results.append(_to_the_end(ledger, run_id, options))
+    _report(ledger, [r.id for r in results], options, results)
+    return 0
+
+
+def _check_resources(configs: Sequence[tuple[str, Any]]) -> None:
+    """Refuses impossible resources before Ray is even imported."""
+    for _, config in configs:
+        if config.resources.address is None:
+            from piste.preflight import check_resources
+
+            check_resources(config.resources)
+
+
+def _shared_cluster(configs: Sequence[tuple[str, Any]], local: bool) -> Any:
+    """One Ray for all recipes of a call."""
+    from contextlib import nullcontext
+
+    if local or len(configs) == 1 or len({c.resources.address for _, c in configs}) > 1:
+        return nullcontext()
+    from piste.training import cluster
+
+    return cluster(configs[0][1].resources)
+
+
+def _to_the_end(ledger: Any, run_id: str, options: argparse.Namespace) -> RunResult:
+    """Executes a run; says how to resume it where it does not finish."""
+    from piste import running
+
+    print(f"run {run_id}", file=sys.stderr)
+    try:
+        result = running.execute(ledger, run_id, local=options.local, observer=_observer(options))
+    except KeyboardInterrupt:
+        print(f"piste: interrupted; `{_resume_line(ledger, run_id, options)}` continues it", file=sys.stderr)
+        raise
+    except BadInput:
+        raise
+    except PisteError as error:
+        raise PisteError(f"{run_id} failed: {error}") from error
+    if result.status == "interrupted":
+        print(f"piste: stopped; `{_resume_line(ledger, run_id, options)}` continues it", file=sys.stderr)
+    if result.pending != 0:
+        shown = "some" if result.pending is None else result.pending
+        print(
+            f"piste: MLflow still lacks {shown} metrics: `piste sync {run_id}` pushes them", file=sys.stderr
+        )
+    return result
+
+
+def _resume_line(ledger: Any, run_id: str, options: argparse.Namespace) -> str:
+    return f"piste resume {run_id}" + (" --local" if options.local else "")
+
+
+def _report(
+    ledger: Any, run_ids: Sequence[str], options: argparse.Namespace, results: Sequence[RunResult]
+) -> None:
+    """Table, picture and the line that opens the user interface."""
+    from rich.console import Console
+
+    from piste import reporting
+    from piste.home import home
+
+    rows = reporting.summary(ledger, run_ids)
+    if getattr(options, "json", False):
+        print(json.dumps({"runs": rows}))
+        return
+    console = Console()
+    console.print(reporting.table(rows))
+    name = run_ids[0] if len(run_ids) == 1 else f"{run_ids[0]}-and-{len(run_ids) - 1}-more"
+    picture = reporting.loss_curves(ledger, run_ids, home() / "pictures" / f"{name}.png")
+    shown = [r.mlflow_run_id for r in results if r.mlflow_run_id]
+    console.print(f"loss curves   {os.path.relpath(picture)}", soft_wrap=True, highlight=False)
+    console.print(
+        f"open MLflow   piste ui   # {_address(ledger, run_ids, shown)}", soft_wrap=True, highlight=False
+    )
+
+
+def _address(ledger: Any, run_ids: Sequence[str], shown: Sequence[str]) -> str:
+    """The MLflow page of one run, or the comparison page of several."""
+    from piste import reporting, tracking
+
+    uri = tracking.tracking_uri(ledger.run(run_ids[0]).config["tracking"]["uri"])
+    base = uri.rstrip("/") if uri.startswith("http") else "http://127.0.0.1:5000"
+    if not shown:
+        return base
+    found = tracking.find_run(uri, run_ids[0])
+    if found is None:
+        return base
+    experiment, first = found
+    if len(shown) == 1:
+        return f"{base}/#/experiments/{experiment}/runs/{first}"
+    return reporting.comparison_url(base, experiment, shown)
+
+
+def _resume(options: argparse.Namespace, _fields: dict[str, Any]) -> None:
+    from piste import running
+    from piste.home import home
+    from piste.ledger import Ledger, default_url
+
+    ledger = Ledger(default_url(home()))
+    run_id = running.resumable(ledger, options.run, options.local)
+    result = _to_the_end(ledger, run_id, options)
+    _report(ledger, [run_id], options, [result])
+
+
+def _rerun(options: argparse.Namespace, _fields: dict[str, Any]) -> None:
+    from piste import running
+
+    compared = running.rerun(options.run, local=options.local, observer=_observer(options))
+    for change in compared.changed:
+        print(f"changed since {compared.first}: {change}")
+    if options.json:
+        print(
+            json.dumps(
+                {"first": compared.first, "second": compared.second.id, "differences": compared.metrics}
+            )
+        )
+        return
+    different = {key: gap for key, gap in compared.metrics.items() if gap > 0.0}
+    if not different:
+        print(
+            f"{compared.second.id} repeats {compared.first} bit for bit: {len(compared.metrics)} metrics, difference 0"
+        )
+    for key, gap in different.items():
+        print(f"  {key:<28} differs by at most {gap:.3g}")
+
+
+def _call(options: argparse.Namespace, fields: dict[str, Any]) -> None:
+    from piste import running
+
+    answer = running.call(options.run, options.verb, **fields)
+    print(answer if isinstance(answer, str) else json.dumps(answer, indent=1, ensure_ascii=False))
+
+
+def _compare(options: argparse.Namespace, _fields: dict[str, Any]) -> None:
+    from piste import running, tracking
+    from piste.home import home
+    from piste.ledger import Ledger, default_url
+
+    ledger = Ledger(default_url(home()))
+    ids = [ledger.run(name).id for name in options.runs]
+    results = []
+    for run_id in ids:
+        uri = tracking.tracking_uri(ledger.run(run_id).config["tracking"]["uri"])
+        found = tracking.find_run(uri, run_id)
+        results.append(running.result(ledger, run_id, {"mlflow_run_id": found[1] if found else None}))
+    _report(ledger, ids, options, results)
+
+
+def _sync(options: argparse.Namespace, _fields: dict[str, Any]) -> None:
+    from piste import tracking
+    from piste.home import home
+    from piste.ledger import Ledger, default_url
+
+    ledger = Ledger(default_url(home()))
+    ids = [ledger.run(name).id for name in options.runs] or [run.id for run in ledger.runs()]
+    remaining = tracking.sync(ledger, ids)
+    print(f"{len(ids)} runs in step with MLflow, {sum(remaining.values())} metrics pending")
+
+
+def _ui(options: argparse.Namespace, _fields: dict[str, Any]) -> None:
+    from piste import tracking
+
+    uri = tracking.tracking_uri()
+    if uri.startswith("http"):
+        print(f"MLflow runs at {uri}")
+        return
+    tracking.client(uri)  # creates or upgrades the store before a server opens it
+    print(f"MLflow on {uri} at http://127.0.0.1:{options.port} (Ctrl-C ends it)", flush=True)
+    tracking.serve(uri, options.port)

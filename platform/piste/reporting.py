@@ -1,0 +1,235 @@
+"""What a person sees: progress, the comparison table, the loss curves."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TextIO
+from urllib.parse import quote
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from piste import catalog
+from piste.config import Recipe
+from piste.ledger import Ledger, number
+from piste.ledger import Run as RunRow
+
+POLL_SECONDS = 0.5
+
+
+class ProgressBar:
+    """A bar with the current metrics and an ETA, fed from the ledger."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+
+    @contextmanager
+    def watch(self, ledger: Ledger, run_id: str, config: Recipe) -> Iterator[None]:
+        """Shows the run while the context lasts."""
+        columns = [
+            SpinnerColumn(),
+            TextColumn("[bold]{task.description}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.completed:.0f}/{task.total:.0f}" if _total(config) else "{task.completed:.0f}"),
+            TextColumn("{task.fields[metrics]}"),
+            TimeElapsedColumn(),
+            TextColumn("ETA"),
+            TimeRemainingColumn(),
+        ]
+        with Progress(*columns, console=self._console, transient=True) as progress:
+            task = progress.add_task(run_id, total=_total(config), metrics="starting")
+
+            def show(step: int, latest: dict[str, float]) -> None:
+                text = " ".join(f"{k} {latest[k]:.4g}" for k in _headline(config) if k in latest)
+                progress.update(task, completed=step, metrics=text)
+
+            with _follow(ledger, run_id, show):
+                yield
+
+
+class JsonLines:
+    """One JSON object a line: `{"run": ..., "step": ..., "metrics": {...}}`."""
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        self._stream = stream or sys.stdout
+
+    @contextmanager
+    def watch(self, ledger: Ledger, run_id: str, config: Recipe) -> Iterator[None]:
+        """Prints the run's newest metrics while the context lasts."""
+
+        def show(step: int, latest: dict[str, float]) -> None:
+            line = {"run": run_id, "step": step, "total": _total(config), "metrics": latest}
+            print(json.dumps(line), file=self._stream, flush=True)
+
+        with _follow(ledger, run_id, show):
+            yield
+
+
+@contextmanager
+def _follow(ledger: Ledger, run_id: str, show: Any) -> Iterator[None]:
+    """Calls `show(step, latest values)` from a thread whenever the ledger has new rows of the run."""
+    ended = threading.Event()
+
+    def loop() -> None:
+        mark, step, latest = 0, 0, dict[str, float]()
+        while True:
+            last_round = ended.wait(POLL_SECONDS)
+            while rows := ledger.metrics_after(run_id, mark, 1000):
+                mark = rows[-1].id
+                for row in rows:
+                    if not row.key.startswith("system/"):
+                        latest[row.key] = number(row)
+                        step = max(step, row.step)
+                show(step, latest)
+            if last_round:
+                return
+
+    thread = threading.Thread(target=loop, name="piste-progress", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join(timeout=5)
+
+
+def _total(config: Recipe) -> int | None:
+    total = getattr(config, "total_steps", None)
+    return int(total) if total is not None else None
+
+
+def _headline(config: Recipe) -> Sequence[str]:
+    """The metrics that the workload wants compared, most important first."""
+    module = catalog.load_workload(config.workload)
+    return getattr(module, "headline", ("train/loss", "valid/loss"))
+
+
+def summary(ledger: Ledger, run_ids: Sequence[str]) -> list[dict[str, Any]]:
+    """One row a run: id, status, what differs between the recipes, the headline metrics.
+
+    A measurement of the machine (`time/...`) is its median over the run, any other metric its last value.
+    """
+    runs = [ledger.run(run_id) for run_id in run_ids]
+    keys = list(dict.fromkeys(key for run in runs for key in _headline_of(run)))
+    rows = []
+    for run in runs:
+        row: dict[str, Any] = {
+            "run": run.id,
+            "status": run.status,
+            "optimizer": run.config["optimizer"]["name"],
+        }
+        row["lr"] = run.config["optimizer"].get("lr")
+        row["seed"] = run.seed
+        last = ledger.last_values(run.id)
+        for key in keys:
+            values = [v for _, v in ledger.history(run.id, key)] if key.startswith("time/") else []
+            row[key] = statistics.median(values) if values else last.get(key)
+        rows.append(row)
+    return rows
+
+
+def _headline_of(run: RunRow) -> Sequence[str]:
+    module = catalog.load_workload(run.workload)
+    return getattr(module, "headline", ("train/loss", "valid/loss"))
+
+
+def table(rows: Sequence[dict[str, Any]]) -> Table:
+    """The rows of `summary` for the terminal; the best value of a loss is bold."""
+    made = Table(box=None, pad_edge=False, header_style="bold")
+    for key in rows[0]:
+        numeric = any(isinstance(row[key], float) for row in rows)
+        made.add_column(key, justify="right" if numeric else "left")
+    best = {
+        key: min((row[key] for row in rows if row[key] is not None), default=None)
+        for key in rows[0]
+        if "loss" in key or "bits" in key
+    }
+    for row in rows:
+        cells = []
+        for key, value in row.items():
+            text = "-" if value is None else f"{value:,.4g}" if abs(_real(value)) < 1e4 else f"{value:,.0f}"
+            text = str(value) if isinstance(value, str | int) else text
+            cells.append(
+                f"[bold]{text}[/bold]" if key in best and value == best[key] and len(rows) > 1 else text
+            )
+        made.add_row(*cells)
+    return made
+
+
+def _real(value: Any) -> float:
+    return float(value) if isinstance(value, float) else 0.0
+
+
+def loss_curves(ledger: Ledger, run_ids: Sequence[str], path: Path) -> Path:
+    """Draws training and validation loss against steps and against seconds into a PNG file."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained", sharey=True)
+    for index, run_id in enumerate(run_ids):
+        run = ledger.run(run_id)
+        train, valid = ledger.history(run_id, "train/loss"), ledger.history(run_id, "valid/loss")
+        seconds = _seconds(ledger, run_id)
+        label = f"{run.config['optimizer']['name']}  ({run_id})"
+        color = f"C{index}"
+        for axis, clock in ((axes[0], None), (axes[1], seconds)):
+            for points, style in (
+                (train, {"alpha": 0.25, "linewidth": 1}),
+                (valid, {"marker": "o", "markersize": 3}),
+            ):
+                x = [step if clock is None else clock.get(step) for step, _ in points]
+                shown = [(a, loss) for a, (_, loss) in zip(x, points, strict=True) if a is not None]
+                name = label if points is valid and clock is None else None
+                axis.plot(
+                    *(zip(*shown, strict=True) if shown else ([], [])), color=color, label=name, **style
+                )
+    axes[0].set(xlabel="step", ylabel="loss (nats a token)", title="validation (dots) and training (pale)")
+    axes[1].set(xlabel="training seconds (validation left out)", title="the same against time")
+    for axis in axes:
+        axis.grid(alpha=0.2)
+    axes[0].legend(frameon=False, fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+    return path
+
+
+def _seconds(ledger: Ledger, run_id: str) -> dict[int, float]:
+    """Training seconds until each step, from the step times."""
+    total, clock = 0.0, {}
+    for step, milliseconds in ledger.history(run_id, "time/step_ms"):
+        total += milliseconds / 1000
+        clock[step] = total
+    return clock
+
+
+def comparison_url(base: str, experiment_id: str, mlflow_run_ids: Sequence[str]) -> str:
+    """MLflow's comparison page of some runs, on the server at `base`."""
+    runs, experiments = quote(json.dumps(list(mlflow_run_ids))), quote(json.dumps([experiment_id]))
+    return f"{base}/#/compare-runs?runs={runs}&experiments={experiments}"
+
+
+def age(timestamp: float) -> str:
+    """How long ago, in words."""
+    seconds = max(0.0, time.time() - timestamp)
+    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= size:
+            return f"{seconds / size:.0f} {unit} ago"
+    return f"{seconds:.0f} s ago"

@@ -1,0 +1,374 @@
+"""The relay: shows the ledger in MLflow, exactly once.
+
+The ledger is the truth and MLflow the view. A relay is a process of its own, so that a slow or dead
+tracking server never slows a step. It follows a run's rows behind a high-water mark that it keeps as
+a tag of the MLflow run, finds that run by the tag `piste.run_id` before it would create one, and may
+repeat rows: MLflow ignores exact repeats, and a row keeps its timestamp.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote, urlsplit
+
+from filelock import FileLock
+
+from piste.errors import BadInput, PisteError
+from piste.home import home
+from piste.ledger import Ledger, Metric, number
+from piste.ledger import Run as RunRow
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+BATCH = 1000
+POLL_SECONDS = 1.0
+GRACE_SECONDS = 20.0
+MARK = "piste.relayed"
+TERMINAL = {"finished": "FINISHED", "failed": "FAILED", "interrupted": "KILLED"}
+_ENVIRONMENT = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "1",
+    "GIT_PYTHON_REFRESH": "quiet",
+}
+
+
+class TrackingError(PisteError):
+    """The tracking server or store cannot be reached or refuses."""
+
+
+def tracking_uri(configured: str | None = None) -> str:
+    """The store in use: the recipe's, else `MLFLOW_TRACKING_URI`, else SQLite under piste's home."""
+    return configured or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home() / 'mlflow.db'}"
+
+
+def check(uri: str) -> None:
+    """Makes sure that a tracking URI is usable before a run starts.
+
+    Raises:
+        BadInput: Its scheme is unknown, or nothing answers there.
+    """
+    scheme = urlsplit(uri).scheme.partition("+")[0]
+    if scheme not in {"http", "https", "sqlite", "postgresql", "mysql", "mssql"}:
+        raise BadInput(f"tracking.uri {uri!r}: use an http(s) server or a database such as sqlite:///FILE")
+    if scheme in {"http", "https"}:
+        try:
+            urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=3).close()
+        except urllib.error.HTTPError:
+            pass  # it answers; whether we may log in is seen at the first call
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "reason", error)
+            raise BadInput(f"tracking.uri {uri}: nothing answers ({reason}): start it or unset it") from None
+
+
+class Relay:
+    """Relays one run.
+
+    Args:
+        ledger: The ledger that has it.
+        run_id: The run.
+        uri: The MLflow store.
+    """
+
+    def __init__(self, ledger: Ledger, run_id: str, uri: str) -> None:
+        self._ledger = ledger
+        self._run_id = run_id
+        self._uri = uri
+        self._client = client(uri)
+        self._uploaded: dict[str, str] = {}
+        self._mark = 0
+        self._attempt = -1
+        self.mlflow_run_id: str | None = None
+
+    def step(self) -> bool:
+        """Pushes all that is new; returns whether the run has ended and is shown whole.
+
+        Raises:
+            Exception: Whatever MLflow's client raises; the same call may be repeated.
+        """
+        run = self._ledger.run(self._run_id)  # before its rows: what a terminal run lacks is really absent
+        if self.mlflow_run_id is None:
+            self.mlflow_run_id, self._mark = self._find_or_create(run)
+        if run.attempt != self._attempt and run.status == "running":
+            self._client.update_run(self.mlflow_run_id, status="RUNNING")
+            self._attempt = run.attempt
+        while rows := self._ledger.metrics_after(run.id, self._mark, BATCH):
+            self._push(rows)
+        for artifact in self._ledger.artifacts(run.id):
+            if artifact.kind != "checkpoint" and self._uploaded.get(artifact.name) != artifact.sha256:
+                self._client.log_artifact(self.mlflow_run_id, artifact.uri, str(Path(artifact.name).parent))
+                self._uploaded[artifact.name] = artifact.sha256
+        if run.status not in TERMINAL:
+            return False
+        self._finish(run)
+        return True
+
+    def pending(self) -> int:
+        """How many metrics the view still lacks."""
+        return self._ledger.count_after(self._run_id, self._mark)
+
+    def _push(self, rows: list[Metric]) -> None:
+        from mlflow.entities import Metric as View
+        from mlflow.entities import RunTag
+
+        assert self.mlflow_run_id is not None
+        finite = [r for r in rows if r.special is None]
+        marked = [r for r in rows if r.special is not None]
+        metrics = [View(_name(r.key), number(r), r.timestamp, r.step) for r in finite]
+        # NaN would take the run out of MLflow's comparison plots, so a non-finite value is shown as a mark.
+        metrics += [View(f"nonfinite/{_name(r.key)}", 1.0, r.timestamp, r.step) for r in marked]
+        tags = [RunTag(MARK, str(rows[-1].id))]
+        if marked:
+            tags.append(
+                RunTag("piste.nonfinite", f"{marked[-1].key} = {marked[-1].special} at {marked[-1].step}")
+            )
+        self._client.log_batch(self.mlflow_run_id, metrics=metrics, tags=tags)
+        self._mark = rows[-1].id
+
+    def _find_or_create(self, run: RunRow) -> tuple[str, int]:
+        name = run.config["tracking"]["experiment"]
+        experiment = self._client.get_experiment_by_name(name)
+        if experiment is None:
+            local = urlsplit(self._uri).scheme == "sqlite"
+            location = (
+                str(Path(run.directory).parent.parent / "mlflow-artifacts" / quote(name)) if local else None
+            )
+            try:
+                experiment_id = self._client.create_experiment(name, artifact_location=location)
+            except Exception:
+                experiment = self._client.get_experiment_by_name(name)  # another relay was first
+                if experiment is None:
+                    raise
+        if experiment is not None:
+            experiment_id = experiment.experiment_id
+        found = self._client.search_runs([experiment_id], f"tags.`piste.run_id` = '{run.id}'", max_results=1)
+        if found:
+            return found[0].info.run_id, int(found[0].data.tags.get(MARK, 0))
+        created = self._client.create_run(
+            experiment_id, start_time=int(run.created * 1000), tags=tags(run), run_name=run.id
+        )
+        self._describe(created.info.run_id, run)
+        return created.info.run_id, 0
+
+    def _describe(self, mlflow_run_id: str, run: RunRow) -> None:
+        from mlflow.entities import Param
+
+        from piste.provenance import environment
+
+        flat = flatten({k: v for k, v in run.config.items() if k != "tracking"})
+        parameters = [Param(key, str(value)[:6000]) for key, value in flat.items()]
+        for start in range(0, len(parameters), 100):
+            self._client.log_batch(mlflow_run_id, params=parameters[start : start + 100])
+        recipe = Path(run.directory) / "recipe.toml"
+        if recipe.exists():
+            self._client.log_artifact(mlflow_run_id, str(recipe))
+        self._client.log_text(mlflow_run_id, environment(), "environment.txt")
+        self._client.log_text(mlflow_run_id, json.dumps(run.provenance, indent=1), "provenance.json")
+
+    def _finish(self, run: RunRow) -> None:
+        assert self.mlflow_run_id is not None
+        closing = {
+            "piste.status": run.status,
+            "piste.attempts": str(run.attempt),
+            "piste.recomputed_different": str(run.recomputed_different),
+            "piste.error": run.error or "",
+        }
+        tables = [a.name for a in self._ledger.artifacts(run.id) if a.kind == "table"]
+        if tables:
+            listed = [{"path": name, "type": "table"} for name in tables]
+            closing["mlflow.loggedArtifacts"] = json.dumps(listed)
+        for key, value in closing.items():
+            self._client.set_tag(self.mlflow_run_id, key, value)
+        ended = int((run.finished or time.time()) * 1000)
+        self._client.set_terminated(self.mlflow_run_id, TERMINAL[run.status], ended)
+
+
+def tags(run: RunRow) -> dict[str, str]:
+    """What identifies and describes a run in MLflow."""
+    origin = run.provenance
+    git = origin.get("git", {})
+    hardware = origin.get("hardware", {})
+    named = {
+        "piste.run_id": run.id,
+        "piste.kind": "run",
+        "piste.recipe": run.recipe,
+        "piste.workload": run.workload,
+        "piste.identity": run.identity,
+        "piste.cell": run.cell,
+        "piste.code_version": origin.get("code_version", ""),
+        "piste.data_hash": origin.get("data_hash", ""),
+        "piste.command": origin.get("command", ""),
+        "piste.hardware": f"{hardware.get('processor')}, {hardware.get('cores')} cores, "
+        f"{hardware.get('memory_gib')} GiB, GPUs: {', '.join(hardware.get('gpus', [])) or 'none'}",
+        "piste.host": str(hardware.get("host", "")),
+        "mlflow.source.git.commit": git.get("commit", ""),
+        "piste.git.dirty": str(git.get("dirty", "")),
+        "mlflow.note.content": _note(run),
+    }
+    named |= {f"version.{name}": version for name, version in origin.get("libraries", {}).items()}
+    return {key: value[:5000] for key, value in named.items() if value}
+
+
+def _note(run: RunRow) -> str:
+    optimizer = run.config["optimizer"]
+    settings = ", ".join(
+        f"{k}={v}" for k, v in optimizer.items() if k not in {"name", "base", "groups"} and v
+    )
+    return (
+        f"**{run.workload}** trained with **{optimizer['name']}** ({settings or 'default settings'}), "
+        f"seed {run.seed}, {run.config['resources']['workers']} worker(s), from recipe `{run.recipe}`.\n\n"
+        f"Repeat it: `piste rerun {run.id}`. Its resolved recipe is the artifact `recipe.toml`."
+    )
+
+
+def _name(key: str) -> str:
+    """A metric's name in MLflow, which takes letters, digits and `_-. :/` alone."""
+    return re.sub(r"[^\w\-. :/]", "_", key)
+
+
+def flatten(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested tables as dotted names; `None` is left out."""
+    flat: dict[str, Any] = {}
+    for key, value in table.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        elif value is not None:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def client(uri: str) -> MlflowClient:
+    """An MLflow client of a store that exists: a local database is created or upgraded once, by one process.
+
+    Raises:
+        TrackingError: The store cannot be made or opened.
+    """
+    for key, value in _ENVIRONMENT.items():
+        os.environ.setdefault(key, value)
+    from mlflow import MlflowClient
+
+    made = MlflowClient(tracking_uri=uri)
+    if urlsplit(uri).scheme == "sqlite":
+        path = Path(uri.partition("sqlite:///")[2])
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(f"{path}.lock"):
+                made.search_experiments(max_results=1)
+        except Exception as error:
+            reason = str(error).strip().partition("\n")[0]
+            raise TrackingError(
+                f"MLflow store {uri}: {reason}: move it away or set MLFLOW_TRACKING_URI"
+            ) from error
+    return made
+
+
+def find_run(uri: str, run_id: str) -> tuple[str, str] | None:
+    """The MLflow `(experiment id, run id)` of a run, or None where it is not shown."""
+    made = client(uri)
+    experiments = [e.experiment_id for e in made.search_experiments()]
+    found = made.search_runs(experiments, f"tags.`piste.run_id` = '{run_id}'", max_results=1)
+    return (found[0].info.experiment_id, found[0].info.run_id) if found else None
+
+
+def sync(ledger: Ledger, run_ids: list[str]) -> dict[str, int]:
+    """Pushes what is pending of the runs, in this process; returns what remains for each."""
+    remaining = {}
+    for run_id in run_ids:
+        relay = Relay(ledger, run_id, tracking_uri(ledger.run(run_id).config["tracking"]["uri"]))
+        relay.step()
+        remaining[run_id] = relay.pending()
+    return remaining
+
+
+def serve(uri: str, port: int) -> None:
+    """Runs MLflow's server on loopback until it is interrupted."""
+    environment = os.environ | _ENVIRONMENT | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    with contextlib.suppress(KeyboardInterrupt):
+        subprocess.run(command, env=environment, check=False)
+
+
+class RelayProcess:
+    """The relay of one run, as a process of its own that outlives an interrupt and drains.
+
+    Args:
+        ledger_url: Where the ledger is.
+        run_id: The run.
+        uri: The MLflow store.
+        log: A file for what it prints.
+    """
+
+    def __init__(self, ledger_url: str, run_id: str, uri: str, log: Path) -> None:
+        self._run_id = run_id
+        command = [sys.executable, "-m", "piste.tracking", ledger_url, run_id, uri]
+        with log.open("ab") as file:
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,  # its end tells the relay that the driver is gone
+                stdout=subprocess.PIPE,
+                stderr=file,
+                start_new_session=True,
+                text=True,
+            )
+
+    def finish(self, timeout: float = GRACE_SECONDS + 10) -> dict[str, Any]:
+        """Waits until the ended run is shown; returns `mlflow_run_id`, `experiment_id` and `pending`."""
+        try:
+            output, _ = self._process.communicate(timeout=timeout)
+            return dict(json.loads(output.strip().splitlines()[-1]))
+        except (subprocess.TimeoutExpired, ValueError, IndexError):
+            self._process.kill()
+            self._process.wait()
+            return {"mlflow_run_id": None, "pending": None}
+
+
+def _follow(ledger_url: str, run_id: str, uri: str) -> dict[str, Any]:
+    """Relays until the run has ended and is shown, or the driver is gone and nothing is left to push."""
+    os.nice(10)
+    driver_gone = threading.Event()
+
+    def until_the_driver_goes() -> None:
+        sys.stdin.read()
+        driver_gone.set()
+
+    threading.Thread(target=until_the_driver_goes, daemon=True).start()
+    ledger = Ledger(ledger_url)
+    relay: Relay | None = None
+    give_up: float | None = None
+    while True:
+        try:
+            relay = relay or Relay(ledger, run_id, uri)
+            if relay.step():
+                break
+            give_up = None
+        except Exception as error:
+            print(f"{time.strftime('%H:%M:%S')} {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        ended = driver_gone.is_set()
+        with contextlib.suppress(PisteError):
+            ended = ended or ledger.run(run_id).status in TERMINAL
+        if ended:
+            give_up = give_up or time.monotonic() + GRACE_SECONDS
+            if time.monotonic() > give_up or (driver_gone.is_set() and relay and not relay.pending()):
+                break
+        driver_gone.wait(POLL_SECONDS) if not ended else time.sleep(0.2)
+    found = relay.mlflow_run_id if relay else None
+    pending = relay.pending() if relay else ledger.count_after(run_id)
+    return {"mlflow_run_id": found, "pending": pending}
+
+
+if __name__ == "__main__":
+    print(json.dumps(_follow(*sys.argv[1:4])), flush=True)

@@ -1,0 +1,307 @@
+"""Ray Train: one run on N workers.
+
+The driver runs `fit` in a thread and watches the ledger; one actor on the driver's node is the ledger's
+writer; a worker that dies is replaced by Ray Train, and every rank goes on from the last checkpoint.
+Checkpoints are piste's own on shared storage, the same with and without Ray: Ray Train would make one
+durable for a resume only at its controller's next poll.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import tempfile
+import threading
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+# Read by Ray when it is imported or started.
+for _key, _value in {
+    "RAY_AUTH_MODE": "disabled",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}.items():
+    os.environ.setdefault(_key, _value)
+
+import ray
+import ray.train
+import torch
+from ray.exceptions import GetTimeoutError, RayError, RayTaskError
+from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError, WorkerGroupError
+from ray.train.torch import TorchConfig, TorchTrainer
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from piste import catalog, tracking
+from piste.buffer import Send
+from piste.config import Recipe, Resources, validate
+from piste.errors import BadInput, PisteError
+from piste.ledger import Ledger, Message
+from piste.preflight import check_resources, cpus
+from piste.workload import Run
+
+WRITER_SECONDS = 30.0
+NAMESPACE = "piste"
+
+
+class _Writer:
+    """The only writer of a driver's runs, as an actor; every call may be repeated."""
+
+    def __init__(self, url: str) -> None:
+        self._ledger = Ledger(url)
+
+    def apply(self, message: Message) -> int:
+        return self._ledger.apply(message)
+
+    def begin_attempt(self, run_id: str) -> int:
+        return self._ledger.begin_attempt(run_id)
+
+    def fail(self, run_id: str, message: str) -> None:
+        self._ledger.set_status(run_id, "failed", message)
+
+
+class RayRun(Run):
+    """A workload's `Run` on one of several Ray Train workers."""
+
+    def prepare(self, model: torch.nn.Module) -> torch.nn.Module:
+        """The model on this worker's device, in DistributedDataParallel where there are several workers."""
+        wrapped: torch.nn.Module = ray.train.torch.prepare_model(model)
+        return wrapped
+
+    def mean(self, value: float) -> float:
+        """The mean of a number over all workers."""
+        if self.world_size == 1:
+            return value
+        total = torch.tensor(value, dtype=torch.float64, device=self.device)
+        torch.distributed.all_reduce(total)
+        return float(total) / self.world_size
+
+    def _barrier(self) -> None:
+        if self.world_size > 1:
+            torch.distributed.barrier()
+
+    def _exchange(self, metrics: dict[str, float], step: int, checkpointed: bool) -> None:
+        ray.train.report({**metrics, "step": step, "checkpointed": checkpointed})
+
+
+@contextmanager
+def cluster(resources: Resources) -> Iterator[None]:
+    """A connection to Ray: the recipe's cluster, or a local Ray that ends with the context.
+
+    Inside another such context it is that one's.
+
+    Raises:
+        BadInput: Nothing answers at the address.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    temporary = None
+    try:
+        if resources.address is not None:
+            ray.init(
+                address=resources.address,
+                namespace=NAMESPACE,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+            )
+        else:
+            temporary = tempfile.mkdtemp(prefix="piste-")  # short: a socket path has at most 107 bytes
+            ray.init(
+                address="local",
+                num_cpus=cpus(),
+                include_dashboard=False,
+                namespace=NAMESPACE,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                object_store_memory=200 * 2**20,
+                _temp_dir=temporary,
+            )
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise BadInput(f"resources.address {resources.address}: {reason}: is the cluster up?") from None
+    try:
+        yield
+    finally:
+        ray.shutdown()
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def preflight(config: Recipe, ledger_url: str) -> None:
+    """Refuses, on the connected cluster, what cannot work there.
+
+    Raises:
+        BadInput: Too few CPUs or GPUs, or several hosts with storage that only one can see.
+    """
+    resources = config.resources
+    total: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    asked = {
+        "CPU": resources.workers * resources.cpus_per_worker,
+        "GPU": resources.workers * resources.gpus_per_worker,
+    }
+    for kind, amount in asked.items():
+        if amount > total.get(kind, 0.0):
+            raise BadInput(
+                f"resources: the run needs {amount:g} {kind}s, the cluster has {total.get(kind, 0.0):g}"
+            )
+    nodes = [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+    if len(nodes) == 1 or resources.one_host:
+        return
+    lacking = []
+    if ledger_url.startswith("sqlite"):
+        lacking.append("a ledger in PostgreSQL (PISTE_LEDGER=postgresql+psycopg://...)")
+    if not tracking.tracking_uri(config.tracking.uri).startswith("http"):
+        lacking.append("an MLflow server (MLFLOW_TRACKING_URI=http://...)")
+    if lacking:
+        raise BadInput(
+            f"the cluster has {len(nodes)} nodes: a run on several hosts needs {' and '.join(lacking)}, and "
+            "PISTE_HOME on storage that all of them share; if all nodes are this host, set "
+            "resources.one_host = true"
+        )
+
+
+def train(ledger: Ledger, run_id: str, config: Recipe, directory: Path) -> None:
+    """Runs the next attempt of a run on Ray Train and returns when it has ended.
+
+    Raises:
+        BadInput: The resources cannot be had.
+        PisteError: The workload failed, or its workers died too often.
+    """
+    check_resources(config.resources)
+    with cluster(config.resources):
+        preflight(config, ledger.url)
+        here = ray.get_runtime_context().get_node_id()
+        writer: Any = (
+            ray.remote(_Writer)
+            .options(
+                num_cpus=0,
+                max_restarts=-1,
+                max_task_retries=-1,
+                scheduling_strategy=NodeAffinitySchedulingStrategy(here, soft=False),
+            )
+            .remote(ledger.url)
+        )
+        trainer = _trainer(run_id, config, directory, writer, ledger.run(run_id).attempt + 1)
+        failure = _fit(trainer, ledger, run_id)
+        ray.kill(writer)
+    if failure is not None:
+        raise PisteError(failure)
+
+
+def _trainer(run_id: str, config: Recipe, directory: Path, writer: Any, attempt: int) -> TorchTrainer:
+    resources = config.resources
+    gpus = resources.gpus_per_worker
+    per_worker = {"CPU": resources.cpus_per_worker, **({"GPU": gpus} if gpus else {})}
+    return TorchTrainer(
+        _work,
+        train_loop_config={
+            "run_id": run_id,
+            "config": config.model_dump(mode="json"),
+            "directory": str(directory),
+            "writer": writer,
+        },
+        torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=resources.workers, use_gpu=gpus > 0, resources_per_worker=per_worker
+        ),
+        run_config=RunConfig(
+            name=f"attempt-{attempt}",  # Ray Train resumes silently from an earlier run of the same name
+            storage_path=str(directory / "ray"),
+            failure_config=FailureConfig(max_failures=resources.max_failures),
+        ),
+    )
+
+
+def _fit(trainer: TorchTrainer, ledger: Ledger, run_id: str) -> str | None:
+    """Runs `fit` in a thread, so that this one can be interrupted; returns why it failed, or None.
+
+    A failure that a worker has recorded would fail again on every replacement, so it ends the run at once.
+    """
+    outcome: list[str | None] = []
+
+    def fit() -> None:
+        try:
+            trainer.fit()
+            outcome.append(None)
+        except TrainingFailedError as error:
+            outcome.append(_reason(error))
+        except RayError as error:
+            outcome.append(f"Ray: {str(error).strip().partition(chr(10))[0]}")
+
+    thread = threading.Thread(target=fit, name="piste-fit", daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(0.5)
+        row = ledger.run(run_id)
+        if row.status == "failed":
+            return row.error
+    return outcome[0] if outcome else "Ray Train ended without a result"
+
+
+def _reason(error: TrainingFailedError) -> str:
+    """The first worker's failure on one line."""
+    if isinstance(error, WorkerGroupError) and error.worker_failures:
+        rank, failure = next(iter(error.worker_failures.items()))
+        last = str(failure).strip().splitlines()[-1]
+        return f"worker {rank} died too often: {last}: `piste resume` continues from the last checkpoint"
+    return str(error).strip().splitlines()[-1]
+
+
+def _transport(writer: Any) -> Send:
+    """Delivers messages to the writer's actor, however often it is restarted."""
+
+    def send(message: Message) -> int:
+        return int(_ask(writer.apply.remote(message)))
+
+    return send
+
+
+def _ask(reference: Any) -> Any:
+    try:
+        return ray.get(reference, timeout=WRITER_SECONDS)
+    except RayTaskError as error:
+        raise PisteError(str(error.cause)) from error
+    except (RayError, GetTimeoutError) as error:
+        raise PisteError(f"the ledger's writer does not answer: {error}") from error
+
+
+def _work(job: Mapping[str, Any]) -> None:
+    """What every Ray Train worker executes."""
+    context = ray.train.get_context()
+    rank, writer, run_id = context.get_world_rank(), job["writer"], job["run_id"]
+    module = catalog.load_workload(job["config"]["workload"])
+    config = validate(module.Config, job["config"], run_id)
+    attempt = int(_ask(writer.begin_attempt.remote(run_id))) if rank == 0 else 0
+    run = RayRun(
+        run_id,
+        config,
+        Path(job["directory"]),
+        _transport(writer),
+        attempt,
+        rank=rank,
+        world_size=context.get_world_size(),
+    )
+    if config.resources.gpus_per_worker > 0:
+        run.device = ray.train.torch.get_device()
+    try:
+        module.train(config, run)
+        run.close()
+    except Exception as error:
+        message = str(error) if isinstance(error, PisteError) else f"{type(error).__name__}: {error}"
+        (Path(job["directory"]) / f"error-rank-{rank}.txt").write_text(
+            traceback.format_exc(), encoding="utf-8"
+        )
+        if not _lost_a_peer(error):
+            _ask(writer.fail.remote(run_id, message.strip().partition("\n")[0]))
+        raise
+
+
+def _lost_a_peer(error: Exception) -> bool:
+    """Whether a collective failed because another worker died: Ray Train then replaces the group."""
+    return isinstance(error, torch.distributed.DistError) or "Connection closed by peer" in str(error)
