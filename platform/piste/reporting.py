@@ -162,17 +162,18 @@ def table(rows: Sequence[dict[str, Any]]) -> Table:
     for row in rows:
         cells = []
         for key, value in row.items():
-            text = "-" if value is None else f"{value:,.4g}" if abs(_real(value)) < 1e4 else f"{value:,.0f}"
-            text = str(value) if isinstance(value, str | int) else text
-            cells.append(
-                f"[bold]{text}[/bold]" if key in best and value == best[key] and len(rows) > 1 else text
-            )
+            best_of_all = key in best and value == best[key] and len(rows) > 1
+            cells.append(f"[bold]{_cell(value)}[/bold]" if best_of_all else _cell(value))
         made.add_row(*cells)
     return made
 
 
-def _real(value: Any) -> float:
-    return float(value) if isinstance(value, float) else 0.0
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:,.0f}" if abs(value) >= 1e4 else f"{value:.4g}"
 
 
 def loss_curves(ledger: Ledger, run_ids: Sequence[str], path: Path) -> Path:

@@ -17,7 +17,7 @@ import inspect
 import io
 import pickle
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,6 +83,15 @@ MEMBERS = [*discover(), ADAMW]
 
 every_member = pytest.mark.parametrize("member", MEMBERS, ids=lambda member: member.name)
 every_problem = pytest.mark.parametrize("problem", PROBLEMS, ids=lambda problem: problem.name)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tiny tensors: threads would only wait for one another, for long on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def two_matrices(dtype: torch.dtype = torch.float32) -> Tensors:
