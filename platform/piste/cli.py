@@ -178,8 +178,10 @@ def _run(options: argparse.Namespace, fields: dict[str, Any]) -> int:
         for name, config in configs:
             run_id = running.plan(ledger, name, config)
             results.append(_to_the_end(ledger, run_id, options))
+            if results[-1].status == "interrupted":
+                break
     _report(ledger, [r.id for r in results], options, results)
-    return 0
+    return _exit_code(results[-1])
 
 
 def _check_resources(configs: Sequence[tuple[str, Any]]) -> None:
@@ -224,6 +226,10 @@ def _to_the_end(ledger: Any, run_id: str, options: argparse.Namespace) -> RunRes
             f"piste: MLflow still lacks {shown} metrics: `piste sync {run_id}` pushes them", file=sys.stderr
         )
     return result
+
+
+def _exit_code(result: RunResult) -> int:
+    return 130 if result.status == "interrupted" else 0
 
 
 def _resume_line(ledger: Any, run_id: str, options: argparse.Namespace) -> str:
@@ -271,7 +277,7 @@ def _address(ledger: Any, run_ids: Sequence[str], shown: Sequence[str]) -> str:
     return reporting.comparison_url(base, experiment, shown)
 
 
-def _resume(options: argparse.Namespace, _fields: dict[str, Any]) -> None:
+def _resume(options: argparse.Namespace, _fields: dict[str, Any]) -> int:
     from piste import running
     from piste.home import home
     from piste.ledger import Ledger, default_url
@@ -280,6 +286,7 @@ def _resume(options: argparse.Namespace, _fields: dict[str, Any]) -> None:
     run_id = running.resumable(ledger, options.run, options.local)
     result = _to_the_end(ledger, run_id, options)
     _report(ledger, [run_id], options, [result])
+    return _exit_code(result)
 
 
 def _rerun(options: argparse.Namespace, _fields: dict[str, Any]) -> None:

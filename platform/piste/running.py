@@ -169,31 +169,34 @@ def execute(ledger: Ledger, run_id: str, *, local: bool, observer: Observer | No
     uri = tracking.tracking_uri(config.tracking.uri)
     ledger.claim(run_id, f"{os.uname().nodename}:{os.getpid()}")
     relay = tracking.RelayProcess(ledger.url, run_id, uri, directory / "relay.log")
-    shown: dict[str, Any] = {}
     try:
         with (observer or _Silent()).watch(ledger, run_id, config):
             if local:
-                _train_here(ledger, run_id, config, directory)
+                stopped = _train_here(ledger, run_id, config, directory)
             else:
                 from piste import training
 
                 training.train(ledger, run_id, config, directory)
-        ledger.set_status(run_id, "finished")
+                stopped = False
+        if stopped:
+            ledger.set_status(run_id, "interrupted", "asked to stop")
+        else:
+            ledger.set_status(run_id, "finished")
     except KeyboardInterrupt:
         ledger.set_status(run_id, "interrupted", "interrupted by the user")
+        relay.detach()
         raise
     except BaseException as error:
         message = str(error) if isinstance(error, PisteError) else f"{type(error).__name__}: {error}"
         (directory / "error.txt").write_text("".join(traceback.format_exception(error)), encoding="utf-8")
         ledger.set_status(run_id, "failed", message.strip().partition("\n")[0])
+        relay.finish()
         raise
-    finally:
-        interrupted = ledger.run(run_id).status == "interrupted"
-        shown = relay.finish(timeout=1.0) if interrupted else relay.finish()
-    return result(ledger, run_id, shown)
+    return result(ledger, run_id, relay.finish())
 
 
-def _train_here(ledger: Ledger, run_id: str, config: Recipe, directory: Path) -> None:
+def _train_here(ledger: Ledger, run_id: str, config: Recipe, directory: Path) -> bool:
+    """Trains in this process; returns whether the run was asked to stop."""
     from piste.workload import local_run
 
     module = catalog.load_workload(config.workload)
@@ -203,6 +206,7 @@ def _train_here(ledger: Ledger, run_id: str, config: Recipe, directory: Path) ->
             module.train(config, here)
         finally:
             here.close()
+    return here.should_stop
 
 
 @contextmanager
@@ -257,10 +261,14 @@ def resumable(ledger: Ledger, run_id: str, local: bool) -> str:
     row = ledger.run(run_id)
     if row.status == "finished":
         raise BadInput(f"{row.id} has finished: `piste rerun {row.id}` repeats it")
+    _check_workers(row, local)
+    return row.id
+
+
+def _check_workers(row: RunRow, local: bool) -> None:
     workers = row.config["resources"]["workers"]
     if local and workers > 1:
-        raise BadInput(f"{row.id} has {workers} workers: resume it without --local")
-    return row.id
+        raise BadInput(f"{row.id} has {workers} workers: --local has one, leave it out")
 
 
 @dataclass(frozen=True)
@@ -290,10 +298,11 @@ def rerun(run_id: str, *, local: bool = False, observer: Observer | None = None)
     """Repeats a run from its stored recipe and compares every number.
 
     Raises:
-        BadInput: The stored recipe no longer fits this code.
+        BadInput: The stored recipe no longer fits this code, or needs more workers than `--local` has.
     """
     ledger = Ledger(default_url(home()))
     first = ledger.run(run_id)
+    _check_workers(first, local)
     config = resolve(first.config, first.id)
     second = ledger.run(plan(ledger, first.recipe, config))
     changed = _changed(first, second)

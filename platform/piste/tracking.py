@@ -325,15 +325,22 @@ class RelayProcess:
                 text=True,
             )
 
-    def finish(self, timeout: float = GRACE_SECONDS + 10) -> dict[str, Any]:
-        """Waits until the ended run is shown; returns `mlflow_run_id`, `experiment_id` and `pending`."""
+    def finish(self) -> dict[str, Any]:
+        """Waits until the ended run is shown; returns `mlflow_run_id` and `pending` (None: unknown)."""
         try:
-            output, _ = self._process.communicate(timeout=timeout)
+            output, _ = self._process.communicate(timeout=GRACE_SECONDS + 10)
             return dict(json.loads(output.strip().splitlines()[-1]))
         except (subprocess.TimeoutExpired, ValueError, IndexError):
             self._process.kill()
             self._process.wait()
             return {"mlflow_run_id": None, "pending": None}
+
+    def detach(self) -> None:
+        """Leaves the relay to drain by itself: nobody waits for it after an interrupt."""
+        for pipe in (self._process.stdin, self._process.stdout):
+            if pipe is not None:
+                pipe.close()
+        self._process.returncode = 0  # not ours to reap any more
 
 
 def _follow(ledger_url: str, run_id: str, uri: str) -> dict[str, Any]:

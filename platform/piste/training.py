@@ -41,6 +41,7 @@ from piste import catalog, tracking
 from piste.buffer import Send
 from piste.config import Recipe, Resources, validate
 from piste.errors import BadInput, PisteError
+from piste.home import home
 from piste.ledger import Ledger, Message
 from piste.preflight import check_resources, cpus
 from piste.workload import Run
@@ -204,6 +205,7 @@ def _trainer(run_id: str, config: Recipe, directory: Path, writer: Any, attempt:
             "run_id": run_id,
             "config": config.model_dump(mode="json"),
             "directory": str(directory),
+            "home": str(home()),
             "writer": writer,
         },
         torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
@@ -275,6 +277,7 @@ def _work(job: Mapping[str, Any]) -> None:
     """What every Ray Train worker executes."""
     context = ray.train.get_context()
     rank, writer, run_id = context.get_world_rank(), job["writer"], job["run_id"]
+    os.environ["PISTE_HOME"] = job["home"]  # a worker was started elsewhere, and maybe before it was set
     module = catalog.load_workload(job["config"]["workload"])
     config = validate(module.Config, job["config"], run_id)
     attempt = int(_ask(writer.begin_attempt.remote(run_id))) if rank == 0 else 0

@@ -7,10 +7,17 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 from tests.workloads.local_runs import LocalRun, RunOf
 
 from piste.config import Recipe, Tracking
 from piste.ledger import Ledger
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    """Small tensors: several threads would only wait for each other."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture

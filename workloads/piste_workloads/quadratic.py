@@ -44,6 +44,10 @@ class Config(Recipe, frozen=True):
     problem: Problem = Problem()
 
 
+# For the contract battery: six steps, a checkpoint every two.
+test_settings = {"problem.dimension": 4, "problem.steps": 6, "checkpoints.every": 2}
+
+
 class Quadratic(nn.Module):
     """The bowl; its one parameter `x` starts at zero.
 

@@ -397,6 +397,6 @@ def _check_group(group: Mapping[str, Any]) -> None:
             name = group["param_names"][index] if "param_names" in group else f"number {index} of the group"
             raise ValueError(
                 "a group with use_reg=True takes real parameters of two or more dimensions, but parameter "
-                f"{name} is {tuple(parameter.shape)} {parameter.dtype}; put it into a group with use_reg=False "
-                "(REG.default_param_groups(model) does)"
+                f"{name} is {tuple(parameter.shape)} {parameter.dtype}; put it into a group with "
+                "use_reg=False (REG.default_param_groups(model) does)"
             )

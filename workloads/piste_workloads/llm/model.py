@@ -139,18 +139,16 @@ class GPT(nn.Module):
         self._initialise()
 
     def _initialise(self) -> None:
-        """Normal weights: embedding and head std 0.02, matrices 1/sqrt(fan in), residual ones smaller.
+        """Normal weights of standard deviation 0.02; gains start at one.
 
         The two matrices of a layer that write to the residual stream are divided by sqrt(2 layers), so
-        that the stream's variance does not grow with the depth.
+        that the stream's variance does not grow with the depth (Radford et al. 2019, section 2.3).
         """
+        residual = 0.02 / (2 * self.config.layers) ** 0.5
         for name, parameter in self.named_parameters():
-            if parameter.ndim < 2:
-                continue  # gains start at one
-            std = 0.02 if name.startswith(("token_embedding", "head")) else parameter.shape[1] ** -0.5
-            if name.endswith(("projection.weight", "down.weight")):
-                std /= (2 * self.config.layers) ** 0.5
-            nn.init.normal_(parameter, std=std)
+            if parameter.ndim >= 2:
+                writes = name.endswith(("projection.weight", "down.weight"))
+                nn.init.normal_(parameter, std=residual if writes else 0.02)
 
     def forward(self, tokens_bt: Tensor) -> Tensor:
         """The logits of each position's next token.
