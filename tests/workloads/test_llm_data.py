@@ -121,12 +121,15 @@ def test_the_hash_follows_the_text_and_the_settings_and_not_the_path(
     assert llm.prepare_data(config.model_copy(update={"data": moved})) == base
 
 
+def set_home(path: str) -> None:
+    os.environ["PISTE_HOME"] = path
+
+
 def test_four_processes_prepare_one_cache_at_once(config_of: Callable[..., Config], home: Path) -> None:
     config = config_of(SENTENCES * 2000, vocab_size=280)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["piste_workloads.llm"])
-    environment = (os.environ.__setitem__, ("PISTE_HOME", str(home)))
-    with context.Pool(4, *environment) as pool:
+    with context.Pool(4, set_home, (str(home),)) as pool:
         hashes = set(pool.map(llm.prepare_data, [config] * 4, chunksize=1))
     assert len(hashes) == 1
     folders = [path for path in (home / "cache" / "tokens").iterdir() if path.is_dir()]
