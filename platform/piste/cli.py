@@ -273,7 +273,7 @@ def _address(ledger: Any, run_ids: Sequence[str], shown: Sequence[str]) -> str:
         return base
     experiment, first = found
     if len(shown) == 1:
-        return f"{base}/#/experiments/{experiment}/runs/{first}"
+        return f"{base}/#/experiments/{experiment}/runs/{first}?workflowType=machine_learning"
     return reporting.comparison_url(base, experiment, shown)
 
 
@@ -341,7 +341,7 @@ def _sync(options: argparse.Namespace, _fields: dict[str, Any]) -> None:
     ledger = Ledger(default_url(home()))
     ids = [ledger.run(name).id for name in options.runs] or [run.id for run in ledger.runs()]
     remaining = tracking.sync(ledger, ids)
-    print(f"{len(ids)} runs in step with MLflow, {sum(remaining.values())} metrics pending")
+    print(f"{len(ids)} runs in step with MLflow, {sum(remaining.values())} rows pending")
 
 
 def _ui(options: argparse.Namespace, _fields: dict[str, Any]) -> None:

@@ -44,7 +44,7 @@ class RunResult:
         metrics: Each metric's last value.
         artifacts: The run's files by name (`samples.json`, `step-000000300`).
         mlflow_run_id: The MLflow run that shows it; None where the tracking server could not be reached.
-        pending: Metrics that MLflow still lacks; `piste sync` pushes them.
+        pending: Metrics and files that MLflow still lacks; `piste sync` pushes them.
         directory: The run's folder.
     """
 

@@ -26,7 +26,7 @@ from filelock import FileLock
 
 from piste.errors import BadInput, PisteError
 from piste.home import home
-from piste.ledger import Ledger, Metric, number
+from piste.ledger import WALL_CLOCK, Artifact, Ledger, Metric, number
 from piste.ledger import Run as RunRow
 
 if TYPE_CHECKING:
@@ -107,25 +107,31 @@ class Relay:
             self._attempt = run.attempt
         while rows := self._ledger.metrics_after(run.id, self._mark, BATCH):
             self._push(rows)
-        for artifact in self._ledger.artifacts(run.id):
-            if artifact.kind != "checkpoint" and self._uploaded.get(artifact.name) != artifact.sha256:
-                self._client.log_artifact(self.mlflow_run_id, artifact.uri, str(Path(artifact.name).parent))
-                self._uploaded[artifact.name] = artifact.sha256
+        for artifact in self._lacking_files():
+            folder = Path(artifact.name).parent.as_posix()
+            self._client.log_artifact(self.mlflow_run_id, artifact.uri, None if folder == "." else folder)
+            self._uploaded[artifact.name] = artifact.sha256
         if run.status not in TERMINAL:
             return False
         self._finish(run)
         return True
 
     def pending(self) -> int:
-        """How many metrics the view still lacks."""
-        return self._ledger.count_after(self._run_id, self._mark)
+        """How many metrics and files the view still lacks."""
+        return self._ledger.count_after(self._run_id, self._mark) + len(self._lacking_files())
+
+    def _lacking_files(self) -> list[Artifact]:
+        """The pictures and tables that this relay has not shown; checkpoints stay where they are."""
+        files = [a for a in self._ledger.artifacts(self._run_id) if a.kind != "checkpoint"]
+        return [a for a in files if self._uploaded.get(a.name) != a.sha256]
 
     def _push(self, rows: list[Metric]) -> None:
         from mlflow.entities import Metric as View
         from mlflow.entities import RunTag
 
         assert self.mlflow_run_id is not None
-        finite = [r for r in rows if r.special is None]
+        # MLflow's comparison page opens on the metric that came first: not one of the machine's.
+        finite = sorted((r for r in rows if r.special is None), key=lambda r: r.key.startswith(WALL_CLOCK))
         marked = [r for r in rows if r.special is not None]
         metrics = [View(_name(r.key), number(r), r.timestamp, r.step) for r in finite]
         # NaN would take the run out of MLflow's comparison plots, so a non-finite value is shown as a mark.
