@@ -9,6 +9,8 @@ and, where it has them,
 
     def prepare_data(config) -> str              # once, before any worker: makes the data, returns its hash
     verbs = {"sample": sample}                   # what a finished run can be asked: `piste call RUN VERB`
+    headline = ("valid/loss", "time/step_ms")    # the metrics that a comparison shows
+    Config.total_steps                           # a property: where the run ends, for progress and ETA
 
 A workload talks to its `Run` alone. It steps with `optimizer.step(closure)`, so that optimizers of one
 pass and of two run in the same loop, logs at any rate, and reports at most about once a second.

@@ -14,10 +14,11 @@ from piste.building import build_optimizer
 from piste.checkpoints import CheckpointError, load
 from piste.config import Optimizer, override, validate
 from piste.errors import BadInput, PisteError
+from piste.running import load_recipe
 from piste_workloads import llm
 from piste_workloads.llm.batches import global_batch, windows
 from piste_workloads.llm.config import Config, Train
-from piste_workloads.llm.model import GPT, cross_entropy
+from piste_workloads.llm.model import GPT, cross_entropy, parameter_count
 from piste_workloads.llm.schedule import lr_factor
 from piste_workloads.llm.tokens import open_corpus
 from piste_workloads.llm.train import _Step
@@ -413,3 +414,16 @@ def test_bf16_trains_on_this_device(run_of: RunOf, config_of: Callable[..., Conf
 def test_the_defaults_are_a_valid_recipe() -> None:
     assert Config().train.batch % Config().resources.workers == 0
     assert isinstance(Config().optimizer, Optimizer)
+
+
+def test_the_demo_recipes_differ_in_their_optimizer_alone() -> None:
+    recipes = {name: load_recipe(name) for name in ("llm-adamw", "llm-muon", "llm-reg")}
+    assert [recipe.optimizer.name for recipe in recipes.values()] == ["adamw", "muon", "reg"]
+    tables = [recipe.model_dump(exclude={"optimizer"}) for recipe in recipes.values()]
+    assert tables[0] == tables[1] == tables[2]
+
+
+def test_the_recipe_for_gpus_is_valid_and_of_the_size_it_states() -> None:
+    recipe = load_recipe("llm-gpu")
+    assert isinstance(recipe, Config)
+    assert parameter_count(recipe.model, recipe.data.vocab_size) == pytest.approx(123.6e6, rel=1e-3)

@@ -4,9 +4,18 @@ from piste_workloads.llm.config import Config
 from piste_workloads.llm.sample import sample
 from piste_workloads.llm.train import prepare_data, train
 
-__all__ = ["Config", "prepare_data", "sample", "test_settings", "train", "verbs"]
+__all__ = ["Config", "headline", "prepare_data", "sample", "test_settings", "train", "verbs"]
 
 verbs = {"sample": sample}
+
+headline = (
+    "valid/loss",
+    "valid/bits_per_byte",
+    "train/loss",
+    "time/tokens_per_s",
+    "time/optimizer_ms",
+    "optimizer/state_bytes",
+)
 
 # For the contract battery: six steps on a small text of plain bytes, a checkpoint every two.
 test_settings = {

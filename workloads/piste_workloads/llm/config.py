@@ -99,6 +99,11 @@ class Config(Recipe, frozen=True):
     train: Train = Train()
     init_from: Path | None = Field(default=None, description="fine-tuning: the folder of a checkpoint")
 
+    @property
+    def total_steps(self) -> int:
+        """Where the run ends, for progress and ETA."""
+        return self.train.steps
+
     @model_validator(mode="after")
     def _batch_divides(self) -> Self:
         parts = self.resources.workers * self.train.accumulate

@@ -13,6 +13,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,7 +29,8 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer as BytePairEncoding
 
 BYTES = "bytes"  # stands for the tokenizer that needs no file: a token a byte
-PIECE = 2**20  # characters that are encoded at a time
+PIECE = 2**20  # characters that are encoded as one
+PIECES_AT_ONCE = 16  # in parallel; the tokenizer needs about 100 bytes a token meanwhile
 FORMAT = 1  # raised when the same text and settings would give other files
 
 
@@ -65,9 +67,11 @@ class Tokenizer:
         dtype = np.uint16 if self.vocab_size <= 2**16 else np.uint32
         if self._bpe is None:
             return np.frombuffer(text.encode("utf-8"), dtype=np.uint8).astype(dtype)
-        encoded = self._bpe.encode_batch_fast(list(_pieces(text)))
-        parts = [np.array(piece.ids, dtype=dtype) for piece in encoded]
-        return np.concatenate(parts) if parts else np.empty(0, dtype=dtype)
+        parts = [np.empty(0, dtype=dtype)]
+        pieces = _pieces(text)
+        while some := list(islice(pieces, PIECES_AT_ONCE)):
+            parts += [np.array(piece.ids, dtype=dtype) for piece in self._bpe.encode_batch_fast(some)]
+        return np.concatenate(parts)
 
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of token numbers; bytes that are no UTF-8 become the replacement character."""

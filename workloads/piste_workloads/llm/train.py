@@ -169,9 +169,10 @@ class _Step:
             return loss
 
         self._network.train()
+        stepping = self._now()
         self._optimizer.step(closure)  # type: ignore[arg-type]
         loss, norm = passes[0]  # where the step began
-        optimizer_seconds = self._now() - started - closure_seconds
+        optimizer_seconds = self._now() - stepping - closure_seconds
         mean_loss = run.mean(float(loss))
         seconds = self._now() - started
         return {

@@ -1,0 +1,140 @@
+"""Tokens a second of the workload llm through its `Run`, against the same training in bare torch.
+
+Both train the same model on the same batches with AdamW, clipping and a learning-rate schedule, in this
+process on one thread; ours also measures, logs six metrics a step and writes them to a SQLite ledger.
+They alternate, and the first of a pair changes from pair to pair. Timed are whole loops of `--steps` steps
+without validation, samples and checkpoint of the end, from the first step's start to the last one's end.
+
+    python tests/bench/bench_training_loop.py [--pairs 5] [--steps 60]
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from piste.config import validate
+from piste.ledger import Ledger
+from piste.workload import Run, local_run
+from piste_workloads import llm
+from piste_workloads.llm.batches import global_batch, windows
+from piste_workloads.llm.config import Config
+from piste_workloads.llm.model import GPT
+from piste_workloads.llm.tokens import open_corpus
+
+TARGET = 0.97
+
+
+class _Done(Exception):
+    """The last step has been taken."""
+
+
+class TimedRun(Run):
+    """A run that ends after a number of steps and knows when its first began and its last ended."""
+
+    last = 0
+    began = 0.0
+    ended = 0.0
+
+    def restore(self) -> None:
+        """Called right before the first step."""
+        self.began = time.perf_counter()
+
+    @property
+    def should_stop(self) -> bool:
+        """Called behind every step's metrics."""
+        self.last -= 1
+        if self.last == 0:
+            self.ended = time.perf_counter()
+            raise _Done
+        return False
+
+
+def ours(config: Config, steps: int, directory: Path) -> float:
+    """Tokens a second through the workload and a real ledger."""
+    ledger = Ledger(f"sqlite:///{directory / 'ledger.db'}")
+    columns = {"recipe": "bench", "workload": "llm", "seed": 0, "config": {}, "provenance": {}}
+    ledger.create(id="run", identity="", cell="", directory=str(directory), **columns)
+    run = local_run("run", config, directory, ledger)
+    run.__class__ = TimedRun
+    assert isinstance(run, TimedRun)
+    run.last = steps
+    try:
+        llm.train(config, run)
+    except _Done:
+        run.close()
+    assert len(ledger.history("run", "train/loss")) == steps
+    return steps * config.train.batch * config.model.context / (run.ended - run.began)
+
+
+def bare(config: Config, steps: int) -> float:
+    """Tokens a second of a loop that does the same and nothing else."""
+    corpus = open_corpus(config)
+    torch.set_num_threads(1)
+    torch.manual_seed(config.seed)
+    model = GPT(config.model, corpus.tokenizer.vocab_size)
+    matrices = [p for p in model.parameters() if p.ndim >= 2]
+    gains = [p for p in model.parameters() if p.ndim < 2]
+    groups = [{"params": matrices}, {"params": gains, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=4e-3, betas=(0.9, 0.95), weight_decay=0.1)
+    context, device = config.model.context, torch.device("cpu")
+    began = time.perf_counter()
+    for step in range(1, steps + 1):
+        for group in optimizer.param_groups:
+            group["lr"] = 4e-3 * (1 + math.cos(math.pi * step / config.train.steps)) / 2
+        starts = global_batch(config.seed, step, config.train.batch, len(corpus.train) - context)
+        inputs, targets = windows(corpus.train, starts, context, device)
+        optimizer.zero_grad()
+        logits = model(inputs)
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    seconds = time.perf_counter() - began
+    return steps * config.train.batch * context / seconds
+
+
+def main() -> int:
+    """Prints one line and returns 0 where the target is met."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else "")
+    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=60)
+    arguments = parser.parse_args()
+    options = {"name": "adamw", "lr": 4e-3, "betas": [0.9, 0.95], "weight_decay": 0.1}
+    train = {"steps": 10 * arguments.steps, "validate_every": 0, "schedule": "cosine"}
+    config = validate(Config, {"workload": "llm", "optimizer": options, "train": train}, "bench")
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["PISTE_HOME"] = folder
+        llm.prepare_data(config)
+        bare(config, 5)  # warm: libraries loaded, text in the page cache
+        ratios, speeds = [], []
+        for pair in range(arguments.pairs):
+            loops: dict[str, Callable[[], float]] = {
+                "ours": lambda pair=pair: ours(config, arguments.steps, Path(folder) / f"run-{pair}"),
+                "bare": lambda: bare(config, arguments.steps),
+            }
+            order = ("ours", "bare") if pair % 2 else ("bare", "ours")
+            speed = {name: loops[name]() for name in order}
+            ratios.append(speed["ours"] / speed["bare"])
+            speeds.append(speed)
+            print(f"  pair {pair}: ours {speed['ours']:.0f} bare {speed['bare']:.0f} ratio {ratios[-1]:.3f}")
+    ratio = statistics.median(ratios)
+    ours_median, bare_median = (statistics.median(s[name] for s in speeds) for name in ("ours", "bare"))
+    verdict = "PASS" if ratio >= TARGET else "MISS"
+    print(
+        f"training_loop  ours {ours_median:.0f} tokens/s  bare {bare_median:.0f} tokens/s  "
+        f"ratio {ratio:.3f}  target {TARGET}  {verdict}"
+    )
+    return 0 if verdict == "PASS" else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
