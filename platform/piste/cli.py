@@ -304,9 +304,8 @@ def _rerun(options: argparse.Namespace, _fields: dict[str, Any]) -> None:
         return
     different = {key: gap for key, gap in compared.metrics.items() if gap > 0.0}
     if not different:
-        print(
-            f"{compared.second.id} repeats {compared.first} bit for bit: {len(compared.metrics)} metrics, difference 0"
-        )
+        count = len(compared.metrics)
+        print(f"{compared.second.id} repeats {compared.first} bit for bit: {count} metrics, difference 0")
     for key, gap in different.items():
         print(f"  {key:<28} differs by at most {gap:.3g}")
 

@@ -120,7 +120,7 @@ def _headline(config: Recipe) -> Sequence[str]:
 
 
 def summary(ledger: Ledger, run_ids: Sequence[str]) -> list[dict[str, Any]]:
-    """One row a run: id, status, what differs between the recipes, the headline metrics.
+    """One row a run: id, status, optimizer, lr, seed, the headline metrics.
 
     A measurement of the machine (`time/...`) is its median over the run, any other metric its last value.
     """
@@ -149,21 +149,24 @@ def _headline_of(run: RunRow) -> Sequence[str]:
 
 
 def table(rows: Sequence[dict[str, Any]]) -> Table:
-    """The rows of `summary` for the terminal; the best value of a loss is bold."""
+    """The rows of `summary` for the terminal; what all runs share is left out, the best loss is bold."""
+    usual = {"status": {"finished"}, "seed": {rows[0].get("seed")}}
+    keys = [key for key in rows[0] if not {row[key] for row in rows} <= usual.get(key, set())]
     made = Table(box=None, pad_edge=False, header_style="bold")
-    for key in rows[0]:
+    for key in keys:
+        heading = key.replace("/", "\n").replace("_", "\n")  # narrow, so that a table fits 80 columns
         numeric = any(isinstance(row[key], float) for row in rows)
-        made.add_column(key, justify="right" if numeric else "left")
+        made.add_column(heading, justify="right" if numeric else "left", vertical="bottom", no_wrap=True)
     best = {
         key: min((row[key] for row in rows if row[key] is not None), default=None)
-        for key in rows[0]
+        for key in keys
         if "loss" in key or "bits" in key
     }
     for row in rows:
         cells = []
-        for key, value in row.items():
-            best_of_all = key in best and value == best[key] and len(rows) > 1
-            cells.append(f"[bold]{_cell(value)}[/bold]" if best_of_all else _cell(value))
+        for key in keys:
+            best_of_all = key in best and row[key] == best[key] and len(rows) > 1
+            cells.append(f"[bold]{_cell(row[key])}[/bold]" if best_of_all else _cell(row[key]))
         made.add_row(*cells)
     return made
 

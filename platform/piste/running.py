@@ -14,6 +14,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
 
+from pydantic import BaseModel
+
 from piste import catalog, provenance, tracking
 from piste.config import Recipe, override, read_toml, to_toml, validate
 from piste.errors import BadInput, PisteError, nearest
@@ -88,9 +90,23 @@ def resolve(table: Mapping[str, Any], source: str) -> Recipe:
     from piste.building import check_optimizer
 
     module = catalog.load_workload(catalog.recipe_workload(dict(table), source))
-    config: Recipe = validate(module.Config, table, source)
+    config: Recipe = validate(module.Config, _with_defaults(module.Config, table), source)
     check_optimizer(config.optimizer)
     return config
+
+
+def _with_defaults(model: type[Recipe], table: Mapping[str, Any]) -> dict[str, Any]:
+    """The table, its sections completed with what the workload's own defaults set.
+
+    `[optimizer]` with a name is another optimizer, and nothing of the workload's is added to it.
+    """
+    result = dict(table)
+    for key, field_info in model.model_fields.items():
+        given, default = table.get(key), field_info.default
+        another = key == "optimizer" and isinstance(given, Mapping) and "name" in given
+        if isinstance(given, Mapping) and isinstance(default, BaseModel) and not another:
+            result[key] = {**default.model_dump(exclude_unset=True), **given}
+    return result
 
 
 def run(
@@ -168,6 +184,7 @@ def execute(ledger: Ledger, run_id: str, *, local: bool, observer: Observer | No
     directory = Path(row.directory)
     uri = tracking.tracking_uri(config.tracking.uri)
     ledger.claim(run_id, f"{os.uname().nodename}:{os.getpid()}")
+    ledger.set_status(run_id, "planned")  # how an earlier attempt ended says nothing of this one
     relay = tracking.RelayProcess(ledger.url, run_id, uri, directory / "relay.log")
     try:
         with (observer or _Silent()).watch(ledger, run_id, config):

@@ -55,6 +55,7 @@ class _Writer:
 
     def __init__(self, url: str) -> None:
         self._ledger = Ledger(url)
+        self._failure: str | None = None
 
     def apply(self, message: Message) -> int:
         return self._ledger.apply(message)
@@ -62,7 +63,11 @@ class _Writer:
     def begin_attempt(self, run_id: str) -> int:
         return self._ledger.begin_attempt(run_id)
 
+    def failure(self) -> str | None:
+        return self._failure
+
     def fail(self, run_id: str, message: str) -> None:
+        self._failure = message
         self._ledger.set_status(run_id, "failed", message)
 
 
@@ -189,8 +194,9 @@ def train(ledger: Ledger, run_id: str, config: Recipe, directory: Path) -> None:
             .remote(ledger.url)
         )
         trainer = _trainer(run_id, config, directory, writer, ledger.run(run_id).attempt + 1)
-        failure = _fit(trainer, ledger, run_id)
-        ray.kill(writer)
+        failure = _fit(trainer, ledger, run_id) or _ask(writer.failure.remote())
+        if failure is None:
+            ray.kill(writer)  # else Ray Train may still ask it whether to go on
     if failure is not None:
         raise PisteError(failure)
 
@@ -233,8 +239,9 @@ def _fit(trainer: TorchTrainer, ledger: Ledger, run_id: str) -> str | None:
             outcome.append(None)
         except TrainingFailedError as error:
             outcome.append(_reason(error))
-        except RayError as error:
-            outcome.append(f"Ray: {str(error).strip().partition(chr(10))[0]}")
+        except Exception as error:
+            line = str(error).strip().partition("\n")[0]
+            outcome.append(f"Ray: {type(error).__name__}: {line}")
 
     thread = threading.Thread(target=fit, name="piste-fit", daemon=True)
     thread.start()
@@ -243,7 +250,7 @@ def _fit(trainer: TorchTrainer, ledger: Ledger, run_id: str) -> str | None:
         row = ledger.run(run_id)
         if row.status == "failed":
             return row.error
-    return outcome[0] if outcome else "Ray Train ended without a result"
+    return outcome[0]
 
 
 def _reason(error: TrainingFailedError) -> str:
@@ -278,6 +285,8 @@ def _work(job: Mapping[str, Any]) -> None:
     context = ray.train.get_context()
     rank, writer, run_id = context.get_world_rank(), job["writer"], job["run_id"]
     os.environ["PISTE_HOME"] = job["home"]  # a worker was started elsewhere, and maybe before it was set
+    if _ask(writer.failure.remote()) is not None:
+        return  # Ray Train would try again what has failed on its own account
     module = catalog.load_workload(job["config"]["workload"])
     config = validate(module.Config, job["config"], run_id)
     attempt = int(_ask(writer.begin_attempt.remote(run_id))) if rank == 0 else 0
@@ -307,4 +316,5 @@ def _work(job: Mapping[str, Any]) -> None:
 
 def _lost_a_peer(error: Exception) -> bool:
     """Whether a collective failed because another worker died: Ray Train then replaces the group."""
-    return isinstance(error, torch.distributed.DistError) or "Connection closed by peer" in str(error)
+    signs = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
+    return isinstance(error, torch.distributed.DistError) or any(sign in str(error) for sign in signs)

@@ -60,7 +60,9 @@ def main() -> None:
     ratio = statistics.median(s / t for s, t in zip(times["step"], times["torch"], strict=True))
     print(f"{'piste --help':<34} {median['help']:7.2f} s   target 0.30   {_verdict(median['help'] <= 0.3)}")
     print(f"{'piste ls':<34} {median['ls']:7.2f} s   target 0.60   {_verdict(median['ls'] <= 0.6)}")
-    print(f"{'first logged step, --local':<34} {median['step']:7.2f} s   import torch {median['torch']:.2f} s")
+    print(
+        f"{'first logged step, --local':<34} {median['step']:7.2f} s   import torch {median['torch']:.2f} s"
+    )
     print(f"{'  ratio to import torch':<34} {ratio:7.2f}     target 2.50   {_verdict(ratio <= 2.5)}")
 
 

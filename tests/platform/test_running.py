@@ -169,6 +169,13 @@ def test_identity_is_what_decides_the_numbers() -> None:
         assert changed[1] != base[1]
 
 
+def test_an_override_leaves_the_rest_of_the_workload_s_default_section() -> None:
+    options = {"name": "sgd", "lr": 0.5, "momentum": 0.9}
+    assert paced(optimizer={"lr": 0.5}).optimizer.model_dump(exclude={"base", "groups"}) == options
+    assert paced(optimizer={"name": "adamw"}).optimizer.options == {}
+    assert paced(checkpoints={"keep": "all"}).checkpoints.every == EVERY
+
+
 # -- as a process --------------------------------------------------------------------------------------
 
 

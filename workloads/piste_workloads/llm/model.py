@@ -161,7 +161,8 @@ class GPT(nn.Module):
         """
         head_width = self.config.width // self.config.heads
         cosine, sine = rotary_angles(tokens_bt.shape[1], head_width, tokens_bt.device)
-        x_btd = self.dropout(self.token_embedding(tokens_bt))
+        # x = sqrt(d) E[token]: the stream starts at the scale of what the layers add (Vaswani et al., 3.4)
+        x_btd = self.dropout(self.token_embedding(tokens_bt) * self.config.width**0.5)
         for block in self.blocks:
             x_btd = block(x_btd, cosine, sine)
         logits_btv: Tensor = self.head(self.final_norm(x_btd))
