@@ -127,8 +127,13 @@ class MetricBuffer:
                 if self._send(message) == message.sequence:
                     return True
                 failure = PisteError("the ledger's writer acknowledged another message")
-            except PisteError as error:
-                failure = error
+            except Exception as error:  # whatever the transport raises: the rows must arrive
+                cause = f"{type(error).__name__}: {error}".partition("\n")[0]
+                failure = (
+                    error
+                    if isinstance(error, PisteError)
+                    else PisteError(f"the ledger's writer cannot be reached: {cause}")
+                )
             if time.monotonic() >= deadline:
                 self._error = failure
                 return False

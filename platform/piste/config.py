@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Annotated, Any, Self, TypeVar
 
 import tomli_w
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from piste.errors import BadInput, nearest
 
@@ -33,6 +33,15 @@ class ParameterGroup(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="allow")
     match: str = Field(description="a regular expression, searched in the parameter's name")
+
+    @field_validator("match")
+    @classmethod
+    def _regular_expression(cls, match: str) -> str:
+        try:
+            re.compile(match)
+        except re.error as error:
+            raise ValueError(f"not a regular expression: {error}") from None
+        return match
 
     @property
     def options(self) -> dict[str, Any]:
@@ -85,7 +94,7 @@ class Checkpoints(Section):
     """`[checkpoints]`: when a run's state is kept."""
 
     every: int = Field(default=0, ge=0, description="steps between checkpoints; 0: the last step alone")
-    keep: str = Field(default="last 2", description='"last N", "all", or "trajectory N" (evenly spaced)')
+    keep: str = Field(default="last 2", description='"last N", "all", or "trajectory N" (N evenly spaced)')
 
     @model_validator(mode="after")
     def _known_policy(self) -> Self:
@@ -97,10 +106,11 @@ class Checkpoints(Section):
         """Whether a checkpoint is due after `step` of `last` steps (always after the last)."""
         if step >= last:
             return True
-        every = self.every
         if self.keep.startswith("trajectory"):
-            every = min(every or last, max(1, last // int(self.keep.split()[1])))
-        return every > 0 and step % every == 0
+            count = int(self.keep.split()[1])
+            if step * count // last > (step - 1) * count // last:  # the next of `count` equal parts is done
+                return True
+        return self.every > 0 and step % self.every == 0
 
 
 def _seed(value: Any) -> Any:
@@ -182,7 +192,7 @@ def validate(model: type[R], table: Mapping[str, Any], source: str) -> R:
         return model.model_validate(table)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        where = ".".join(str(part) for part in first["loc"])
+        where = ".".join(str(part) for part in first["loc"]) or "recipe"
         if first["type"] == "extra_forbidden":
             owner = _owner(model, first["loc"])
             hint = nearest(str(first["loc"][-1]), owner.model_fields) if owner else ""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import os
+import sqlite3
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager, nullcontext
@@ -38,7 +39,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import make_url
-from sqlalchemy.exc import ArgumentError, DatabaseError, NoSuchModuleError, OperationalError
+from sqlalchemy.exc import ArgumentError, DatabaseError, DBAPIError, NoSuchModuleError, OperationalError
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
 from piste.errors import PisteError
@@ -169,7 +170,7 @@ class Ledger:
             self.engine = _engine(url)
             self._write = self.engine.execution_options(immediate=True)
         except (ArgumentError, NoSuchModuleError, ImportError) as error:
-            raise LedgerError(f"ledger {url}: not a usable SQLAlchemy URL: {_one_line(error)}") from None
+            raise LedgerError(f"ledger {_shown(url)}: not a usable SQLAlchemy URL: {_one_line(error)}") from None
         with self._explained():
             _migrate(self._write, url)
 
@@ -236,11 +237,11 @@ class Ledger:
 
     def _insert_metrics(self, connection: Connection, message: Message) -> int:
         """Inserts or ignores the rows; returns how many of the ignored differ from what is kept."""
-        rows = {(row.key, row.step): row for row in reversed(message.rows)}  # the first of a pair stays
+        rows: dict[tuple[str, int], Row] = {}
+        for row in message.rows:
+            rows.setdefault((row.key, row.step), row)
         statement = self._insert(Metric).on_conflict_do_nothing(index_elements=["run_id", "key", "step"])
-        result = connection.execute(
-            statement, [_columns(message.run_id, row) for row in reversed(rows.values())]
-        )
+        result = connection.execute(statement, [_columns(message.run_id, row) for row in rows.values()])
         if result.rowcount == len(rows):
             return 0
         kept = connection.execute(
@@ -343,7 +344,8 @@ class Ledger:
             raise LedgerError(f"ledger {_shown(self.url)}: {cause}: {fix}") from error
         except DatabaseError as error:
             cause = _one_line(error.orig or error)
-            fix = "move the file away (a new one is made) or restore a copy"
+            damaged = "malformed" in cause or "not a database" in cause
+            fix = "move the file away (a new one is made) or restore a copy" if damaged else "check PISTE_LEDGER"
             raise LedgerError(f"ledger {_shown(self.url)}: {cause}: {fix}") from error
 
 
@@ -374,7 +376,10 @@ def _one_line(error: object) -> str:
 
 
 def _shown(url: str) -> str:
-    return make_url(url).render_as_string(hide_password=True)
+    try:
+        return make_url(url).render_as_string(hide_password=True)
+    except ArgumentError:
+        return url
 
 
 def _engine(url: str) -> Engine:
@@ -403,14 +408,38 @@ def _engine(url: str) -> Engine:
     return engine
 
 
+@contextmanager
+def _alone(path: str, url: str) -> Iterator[None]:
+    """One process at a time, by a lock file beside the database."""
+    lock = FileLock(path, timeout=BUSY_SECONDS)
+    try:
+        lock.acquire()
+    except OSError as error:  # filelock's Timeout is one too
+        cause = error.strerror or f"{path} is held, or cannot be made"
+        fix = "end the process that holds it, or set PISTE_HOME or PISTE_LEDGER to a place that can be written"
+        raise LedgerError(f"ledger {_shown(url)}: {cause}: {fix}") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _use_wal(write: Engine) -> None:
+    with closing(write.raw_connection()) as raw:  # outside any transaction
+        statement = "PRAGMA journal_mode=WAL"
+        try:
+            raw.cursor().execute(statement)
+        except sqlite3.Error as error:  # raw: SQLAlchemy has not put it into its own terms
+            raise DBAPIError.instance(statement, None, error, sqlite3.Error) from error
+
+
 def _migrate(write: Engine, url: str) -> None:
     """Creates the tables once, whoever comes first, and refuses a newer schema."""
     database = make_url(url).database
     local = write.dialect.name == "sqlite" and database
-    with FileLock(f"{database}.lock") if local else nullcontext():
+    with _alone(f"{database}.lock", url) if local else nullcontext():
         if local:
-            with closing(write.raw_connection()) as raw:  # outside any transaction
-                raw.cursor().execute("PRAGMA journal_mode=WAL")
+            _use_wal(write)
         with write.begin() as connection:
             if write.dialect.name == "postgresql":
                 connection.execute(select(func.pg_advisory_xact_lock(SCHEMA_VERSION)))

@@ -152,7 +152,7 @@ def table(rows: Sequence[dict[str, Any]]) -> Table:
     """The rows of `summary` for the terminal; what all runs share is left out, the best loss is bold."""
     usual = {"status": {"finished"}, "seed": {rows[0].get("seed")}}
     keys = [key for key in rows[0] if not {row[key] for row in rows} <= usual.get(key, set())]
-    made = Table(box=None, pad_edge=False, header_style="bold")
+    made = Table(box=None, pad_edge=False, padding=(0, 1), collapse_padding=True, header_style="bold")
     for key in keys:
         heading = key.replace("/", "\n").replace("_", "\n")  # narrow, so that a table fits 80 columns
         numeric = any(isinstance(row[key], float) for row in rows)
@@ -176,7 +176,10 @@ def _cell(value: Any) -> str:
         return "-"
     if not isinstance(value, float):
         return str(value)
-    return f"{value:,.0f}" if abs(value) >= 1e4 else f"{value:.4g}"
+    for size, unit in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
+        if abs(value) >= size:
+            return f"{value / (1e3 if unit == 'k' else size):.3g} {unit}"
+    return f"{value:.4g}"
 
 
 def loss_curves(ledger: Ledger, run_ids: Sequence[str], path: Path) -> Path:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import posixpath
 import re
 import subprocess
 import sys
@@ -32,7 +33,9 @@ from piste.ledger import Run as RunRow
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-BATCH = 1000
+# With its two tags a batch stays within the 1,000 entities of one request of MLflow's, so that the mark is
+# never set before the rows that it stands for.
+BATCH = 998
 POLL_SECONDS = 1.0
 GRACE_SECONDS = 20.0
 MARK = "piste.relayed"
@@ -161,8 +164,11 @@ class Relay:
         if experiment is not None:
             experiment_id = experiment.experiment_id
         found = self._client.search_runs([experiment_id], f"tags.`piste.run_id` = '{run.id}'", max_results=1)
-        if found:
-            return found[0].info.run_id, int(found[0].data.tags.get(MARK, 0))
+        if found and MARK in found[0].data.tags:
+            return found[0].info.run_id, int(found[0].data.tags[MARK])
+        if found:  # a relay was cut off before it had described the run
+            self._describe(found[0].info.run_id, run)
+            return found[0].info.run_id, 0
         created = self._client.create_run(
             experiment_id, start_time=int(run.created * 1000), tags=tags(run), run_name=run.id
         )
@@ -183,6 +189,7 @@ class Relay:
             self._client.log_artifact(mlflow_run_id, str(recipe))
         self._client.log_text(mlflow_run_id, environment(), "environment.txt")
         self._client.log_text(mlflow_run_id, json.dumps(run.provenance, indent=1), "provenance.json")
+        self._client.set_tag(mlflow_run_id, MARK, "0")
 
     def _finish(self, run: RunRow) -> None:
         assert self.mlflow_run_id is not None
@@ -242,7 +249,7 @@ def _note(run: RunRow) -> str:
 
 def _name(key: str) -> str:
     """A metric's name in MLflow, which takes letters, digits and `_-. :/` alone."""
-    return re.sub(r"[^\w\-. :/]", "_", key)
+    return posixpath.normpath(re.sub(r"[^\w\-. :/]", "_", key).replace("..", "_").strip("/") or "_")
 
 
 def flatten(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -370,12 +377,14 @@ def _follow(ledger_url: str, run_id: str, uri: str) -> dict[str, Any]:
             give_up = None
         except Exception as error:
             print(f"{time.strftime('%H:%M:%S')} {type(error).__name__}: {error}", file=sys.stderr, flush=True)
-        ended = driver_gone.is_set()
+        terminal = False
         with contextlib.suppress(PisteError):
-            ended = ended or ledger.run(run_id).status in TERMINAL
+            terminal = ledger.run(run_id).status in TERMINAL
+        ended = terminal or driver_gone.is_set()
         if ended:
             give_up = give_up or time.monotonic() + GRACE_SECONDS
-            if time.monotonic() > give_up or (driver_gone.is_set() and relay and not relay.pending()):
+            # Of a run that has not ended only rows can be owed; one that has is still to be closed in the view.
+            if time.monotonic() > give_up or (not terminal and relay and not relay.pending()):
                 break
         driver_gone.wait(POLL_SECONDS) if not ended else time.sleep(0.2)
     found = relay.mlflow_run_id if relay else None
