@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+from collections.abc import Set
 from typing import Any
 
 import torch
@@ -29,10 +30,10 @@ def build_optimizer(section: Optimizer, model: torch.nn.Module) -> torch.optim.O
         BadInput: A keyword that the optimizer does not take, a value that it refuses, a group's pattern
             that matches nothing.
     """
-    return _build(section, model, _groups(section, model))
+    return _build(section, _groups(section, model), {key for g in section.groups for key in g.options})
 
 
-def _build(section: Optimizer, model: torch.nn.Module, groups: Groups) -> torch.optim.Optimizer:
+def _build(section: Optimizer, groups: Groups, group_options: Set[str]) -> torch.optim.Optimizer:
     cls = catalog.load_optimizer(section.name)
     accepted = list(inspect.signature(cls).parameters)[1:]
     for key in section.options:
@@ -41,17 +42,21 @@ def _build(section: Optimizer, model: torch.nn.Module, groups: Groups) -> torch.
     if (section.base is not None) != ("base" in inspect.signature(cls).parameters):
         verb = "wraps no optimizer: remove" if section.base else "wraps an optimizer: add"
         raise BadInput(f"optimizer: {section.name} {verb} [optimizer.base]")
-    first: Any = groups if section.base is None else _build(section.base, model, groups)
+    first: Any = groups if section.base is None else _build(section.base, groups, group_options)
     try:
-        return cls(first, **section.options)  # type: ignore[no-any-return]
+        built: torch.optim.Optimizer = cls(first, **section.options)
     except (TypeError, ValueError) as error:
         raise BadInput(f"optimizer {section.name}: {error}") from error
+    for key in sorted(group_options - built.defaults.keys()) if section.base is None else ():
+        hint = nearest(key, built.defaults)
+        raise BadInput(f"optimizer.groups: {section.name} takes no {key!r} in a group{hint}")
+    return built
 
 
 def check_optimizer(section: Optimizer) -> None:
     """Builds the optimizer for a small model, so that a bad recipe fails before anything starts."""
     model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
-    _build(section, model, _groups(section.model_copy(update={"groups": ()}), model))
+    _build(section, _groups(section.model_copy(update={"groups": ()}), model), set())
 
 
 def _groups(section: Optimizer, model: torch.nn.Module) -> Groups:

@@ -161,7 +161,12 @@ def _modules(package: str, kind: str) -> Iterator[Member]:
             path = Path(folder) / (f"{info.name}/__init__.py" if info.ispkg else f"{info.name}.py")
             if info.name.startswith("_") or not path.exists():
                 continue
-            tree = ast.parse(path.read_bytes())
+            try:
+                tree = ast.parse(path.read_bytes())
+            except SyntaxError as error:  # one broken file must not hide the others
+                summary = f"cannot be parsed: {error.msg} (line {error.lineno})"
+                yield Member(info.name, f"{home}.{info.name}", path, summary)
+                continue
             if kind == "workloads" and "train" not in _bound(tree):
                 continue
             summary = (ast.get_docstring(tree) or "").partition("\n")[0]

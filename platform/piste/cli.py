@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise BadInput(f"{options.command} takes no --{next(iter(fields))}")
         return int(options.act(options, fields) or 0)
     except KeyboardInterrupt:
+        if arguments is None:  # the process is ours, all is recorded; unloading torch and Ray takes seconds
+            sys.stdout.flush()
+            os._exit(130)
         return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -157,6 +161,8 @@ def _ls_runs() -> None:
 
 
 def _run(options: argparse.Namespace, fields: dict[str, Any]) -> int:
+    for name in () if options.local or options.show else options.recipes:
+        _check_resources(name, fields)
     from piste import running
     from piste.config import to_toml
 
@@ -167,8 +173,6 @@ def _run(options: argparse.Namespace, fields: dict[str, Any]) -> int:
     if options.show:
         print("\n".join(to_toml(config) for _, config in configs), end="")
         return 0
-    if not options.local:
-        _check_resources(configs)
     from piste.home import home
     from piste.ledger import Ledger, default_url
 
@@ -184,13 +188,17 @@ def _run(options: argparse.Namespace, fields: dict[str, Any]) -> int:
     return _exit_code(results[-1])
 
 
-def _check_resources(configs: Sequence[tuple[str, Any]]) -> None:
-    """Refuses impossible resources before Ray is even imported."""
-    for _, config in configs:
-        if config.resources.address is None:
-            from piste.preflight import check_resources
+def _check_resources(recipe: str, fields: dict[str, Any]) -> None:
+    """Refuses impossible resources before the workload, torch or Ray is imported."""
+    from pydantic import ValidationError
 
-            check_resources(config.resources)
+    from piste import catalog
+    from piste.config import Resources, override, read_toml
+    from piste.preflight import check_resources
+
+    table = override(read_toml(catalog.recipe_path(recipe)), fields)
+    with suppress(ValidationError):  # named, with the rest of the recipe, when it is validated
+        check_resources(Resources.model_validate(table.get("resources", {})))
 
 
 def _shared_cluster(configs: Sequence[tuple[str, Any]], local: bool) -> Any:

@@ -170,7 +170,9 @@ class Ledger:
             self.engine = _engine(url)
             self._write = self.engine.execution_options(immediate=True)
         except (ArgumentError, NoSuchModuleError, ImportError) as error:
-            raise LedgerError(f"ledger {_shown(url)}: not a usable SQLAlchemy URL: {_one_line(error)}") from None
+            raise LedgerError(
+                f"ledger {_shown(url)}: not a usable SQLAlchemy URL: {_one_line(error)}"
+            ) from None
         with self._explained():
             _migrate(self._write, url)
 
@@ -345,7 +347,11 @@ class Ledger:
         except DatabaseError as error:
             cause = _one_line(error.orig or error)
             damaged = "malformed" in cause or "not a database" in cause
-            fix = "move the file away (a new one is made) or restore a copy" if damaged else "check PISTE_LEDGER"
+            fix = (
+                "move the file away (a new one is made) or restore a copy"
+                if damaged
+                else "check PISTE_LEDGER"
+            )
             raise LedgerError(f"ledger {_shown(self.url)}: {cause}: {fix}") from error
 
 
@@ -416,7 +422,9 @@ def _alone(path: str, url: str) -> Iterator[None]:
         lock.acquire()
     except OSError as error:  # filelock's Timeout is one too
         cause = error.strerror or f"{path} is held, or cannot be made"
-        fix = "end the process that holds it, or set PISTE_HOME or PISTE_LEDGER to a place that can be written"
+        fix = (
+            "end the process that holds it, or set PISTE_HOME or PISTE_LEDGER to a place that can be written"
+        )
         raise LedgerError(f"ledger {_shown(url)}: {cause}: {fix}") from error
     try:
         yield
@@ -425,12 +433,12 @@ def _alone(path: str, url: str) -> Iterator[None]:
 
 
 def _use_wal(write: Engine) -> None:
-    with closing(write.raw_connection()) as raw:  # outside any transaction
-        statement = "PRAGMA journal_mode=WAL"
-        try:
+    statement = "PRAGMA journal_mode=WAL"
+    try:
+        with closing(write.raw_connection()) as raw:  # outside any transaction
             raw.cursor().execute(statement)
-        except sqlite3.Error as error:  # raw: SQLAlchemy has not put it into its own terms
-            raise DBAPIError.instance(statement, None, error, sqlite3.Error) from error
+    except sqlite3.Error as error:  # raw: SQLAlchemy has not put it into its own terms
+        raise DBAPIError.instance(statement, None, error, sqlite3.Error) from error
 
 
 def _migrate(write: Engine, url: str) -> None:

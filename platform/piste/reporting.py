@@ -150,7 +150,7 @@ def _headline_of(run: RunRow) -> Sequence[str]:
 
 def table(rows: Sequence[dict[str, Any]]) -> Table:
     """The rows of `summary` for the terminal; what all runs share is left out, the best loss is bold."""
-    usual = {"status": {"finished"}, "seed": {rows[0].get("seed")}}
+    usual: dict[str, set[object]] = {"status": {"finished"}, "seed": {rows[0].get("seed")}}
     keys = [key for key in rows[0] if not {row[key] for row in rows} <= usual.get(key, set())]
     made = Table(box=None, pad_edge=False, padding=(0, 1), collapse_padding=True, header_style="bold")
     for key in keys:

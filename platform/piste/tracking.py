@@ -192,7 +192,12 @@ class Relay:
         self._client.set_tag(mlflow_run_id, MARK, "0")
 
     def _finish(self, run: RunRow) -> None:
+        from piste.reporting import loss_curves
+
         assert self.mlflow_run_id is not None
+        if "train/loss" in self._ledger.keys(run.id):
+            picture = loss_curves(self._ledger, [run.id], Path(run.directory) / "loss.png")
+            self._client.log_artifact(self.mlflow_run_id, str(picture))
         closing = {
             "piste.status": run.status,
             "piste.attempts": str(run.attempt),

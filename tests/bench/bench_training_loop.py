@@ -16,8 +16,8 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -83,7 +83,7 @@ def bare(config: Config, steps: int) -> float:
     model = GPT(config.model, corpus.tokenizer.vocab_size)
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     gains = [p for p in model.parameters() if p.ndim < 2]
-    groups = [{"params": matrices}, {"params": gains, "weight_decay": 0.0}]
+    groups: list[dict[str, Any]] = [{"params": matrices}, {"params": gains, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=4e-3, betas=(0.9, 0.95), weight_decay=0.1)
     context, device = config.model.context, torch.device("cpu")
     began = time.perf_counter()
@@ -117,12 +117,12 @@ def main() -> int:
         bare(config, 5)  # warm: libraries loaded, text in the page cache
         ratios, speeds = [], []
         for pair in range(arguments.pairs):
-            loops: dict[str, Callable[[], float]] = {
-                "ours": lambda pair=pair: ours(config, arguments.steps, Path(folder) / f"run-{pair}"),
-                "bare": lambda: bare(config, arguments.steps),
-            }
-            order = ("ours", "bare") if pair % 2 else ("bare", "ours")
-            speed = {name: loops[name]() for name in order}
+            speed: dict[str, float] = {}
+            for name in ("ours", "bare") if pair % 2 else ("bare", "ours"):
+                if name == "ours":
+                    speed[name] = ours(config, arguments.steps, Path(folder) / f"run-{pair}")
+                else:
+                    speed[name] = bare(config, arguments.steps)
             ratios.append(speed["ours"] / speed["bare"])
             speeds.append(speed)
             print(f"  pair {pair}: ours {speed['ours']:.0f} bare {speed['bare']:.0f} ratio {ratios[-1]:.3f}")

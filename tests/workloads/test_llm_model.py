@@ -92,10 +92,12 @@ def test_the_first_loss_is_near_that_of_a_uniform_guess(tied: bool) -> None:
     assert loss.item() == pytest.approx(math.log(VOCABULARY), abs=0.05)
 
 
-def test_residual_matrices_start_smaller_by_the_root_of_twice_the_layers() -> None:
+def test_the_first_weights_have_the_stated_deviations() -> None:
     parameters = dict(gpt(layers=8, width=128, heads=4).named_parameters())
     deviation = {name: parameter.std().item() for name, parameter in parameters.items()}
-    assert deviation["blocks.3.attention.query.weight"] == pytest.approx(0.02, rel=0.03)
+    assert deviation["token_embedding.weight"] == pytest.approx(0.02, rel=0.03)
+    assert deviation["blocks.3.attention.query.weight"] == pytest.approx(128**-0.5, rel=0.03)
+    assert deviation["blocks.3.mlp.up.weight"] == pytest.approx(128**-0.5, rel=0.03)
     assert deviation["blocks.3.attention.projection.weight"] == pytest.approx(0.02 / 4, rel=0.03)
     assert deviation["blocks.3.mlp.down.weight"] == pytest.approx(0.02 / 4, rel=0.03)
 

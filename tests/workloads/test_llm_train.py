@@ -86,6 +86,7 @@ def test_the_loop_equals_plain_torch(run_of: RunOf, config_of: Callable[..., Con
     torch.manual_seed(config.seed)
     model = GPT(config.model, 256)
     optimizer = build_optimizer(config.optimizer, model)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     losses, norms = [], []
     for step in range(1, config.train.steps + 1):
         for group in optimizer.param_groups:
@@ -95,13 +96,13 @@ def test_the_loop_equals_plain_torch(run_of: RunOf, config_of: Callable[..., Con
         optimizer.zero_grad()
         loss = cross_entropy(model(inputs), targets)
         loss.backward()  # type: ignore[no-untyped-call]
-        norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), config.train.clip).item())
+        norms.append(torch.nn.utils.clip_grad_norm_(parameters, config.train.clip).item())
         optimizer.step()
         losses.append(loss.item())
     assert values(run, "train/loss") == losses
-    assert values(run, "train/gradient_norm") == pytest.approx(norms, rel=1e-6)
+    assert values(run, "train/gradient_norm") == norms
     for name, tensor in model.state_dict().items():
-        torch.testing.assert_close(weights(run)[name], tensor, rtol=0, atol=1e-7, msg=name)
+        assert torch.equal(weights(run)[name], tensor), name
 
 
 def test_what_a_run_leaves_behind(run_of: RunOf, config_of: Callable[..., Config]) -> None:

@@ -7,8 +7,9 @@ Names, for `[[optimizer.groups]]`: `token_embedding`, `head`, gains `*norm.weigh
 matrices `blocks.N.attention.{query,key,value,projection}` and `blocks.N.mlp.{gate,up,down}`.
 
 Sources: Radford et al., "Language models are unsupervised multitask learners" (2019): the block and the
-scaled initialisation; Zhang and Sennrich (arXiv:1910.07467): RMSNorm; Su et al. (arXiv:2104.09864): rotary
-positions; Shazeer (arXiv:2002.05202): SwiGLU; Press and Wolf (arXiv:1608.05859): the tied head.
+smaller start of residual matrices; Vaswani et al. (arXiv:1706.03762), section 3.4: the embedding's scale;
+Zhang and Sennrich (arXiv:1910.07467): RMSNorm; Su et al. (arXiv:2104.09864): rotary positions; Shazeer
+(arXiv:2002.05202): SwiGLU; Press and Wolf (arXiv:1608.05859): the tied head.
 """
 
 from __future__ import annotations
@@ -139,16 +140,22 @@ class GPT(nn.Module):
         self._initialise()
 
     def _initialise(self) -> None:
-        """Normal weights of standard deviation 0.02; gains start at one.
+        """Normal weights, gains at one.
 
-        The two matrices of a layer that write to the residual stream are divided by sqrt(2 layers), so
-        that the stream's variance does not grow with the depth (Radford et al. 2019, section 2.3).
+        Standard deviations: embedding and head 0.02, so that the first guess is nearly uniform; matrices
+        that read the stream `1 / sqrt(fan in)`, so that what they compute has variance one; the two
+        matrices of a layer that write to it `0.02 / sqrt(2 layers)`, so that layers start near the
+        identity and the stream does not grow with the depth (Radford et al., section 2.3).
         """
-        residual = 0.02 / (2 * self.config.layers) ** 0.5
         for name, parameter in self.named_parameters():
-            if parameter.ndim >= 2:
-                writes = name.endswith(("projection.weight", "down.weight"))
-                nn.init.normal_(parameter, std=residual if writes else 0.02)
+            if parameter.ndim < 2:
+                continue
+            std = 0.02
+            if name.endswith(("projection.weight", "down.weight")):
+                std = 0.02 / (2 * self.config.layers) ** 0.5
+            elif name.startswith("blocks"):
+                std = parameter.shape[1] ** -0.5
+            nn.init.normal_(parameter, std=std)
 
     def forward(self, tokens_bt: Tensor) -> Tensor:
         """The logits of each position's next token.
