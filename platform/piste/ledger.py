@@ -42,7 +42,7 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, DatabaseError, DBAPIError, NoSuchModuleError, OperationalError
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
-from piste.errors import PisteError
+from piste.errors import BadInput, PisteError
 
 SCHEMA_VERSION = 1
 # Metrics of the machine, not of the computation: a repeated run is not expected to repeat them.
@@ -272,7 +272,7 @@ class Ledger:
         """The run of that id, or the only one whose id begins so.
 
         Raises:
-            LedgerError: No run, or several runs, have it.
+            BadInput: No run, or several runs, have it.
         """
         with self._explained(), Session(self.engine) as session:
             found = session.scalars(
@@ -281,7 +281,7 @@ class Ledger:
         exact = [run for run in found if run.id == run_id] or found
         if len(exact) != 1:
             count = "no run has" if not found else "several runs begin with"
-            raise LedgerError(f"{count} id {run_id!r} in {self.url}; `piste ls runs` shows them")
+            raise BadInput(f"{count} id {run_id!r} in {self.url}; `piste ls runs` shows them")
         return exact[0]
 
     def runs(self, limit: int | None = None) -> list[Run]:
@@ -357,7 +357,7 @@ class Ledger:
 
 def number(metric: Metric) -> float:
     """A metric's value, `nan` and `inf` included."""
-    return float(metric.special) if metric.special else float(metric.value or 0.0)
+    return float(metric.special or "nan") if metric.value is None else metric.value
 
 
 def _stored(value: float) -> tuple[float | None, str | None]:

@@ -254,7 +254,8 @@ def _note(run: RunRow) -> str:
 
 def _name(key: str) -> str:
     """A metric's name in MLflow, which takes letters, digits and `_-. :/` alone."""
-    return posixpath.normpath(re.sub(r"[^\w\-. :/]", "_", key).replace("..", "_").strip("/") or "_")
+    name = posixpath.normpath(re.sub(r"[^\w\-. :/]", "_", key).replace("..", "_").strip("/"))
+    return "_" if name == "." else name
 
 
 def flatten(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -278,19 +279,18 @@ def client(uri: str) -> MlflowClient:
         os.environ.setdefault(key, value)
     from mlflow import MlflowClient
 
-    made = MlflowClient(tracking_uri=uri)
     if urlsplit(uri).scheme == "sqlite":
         path = Path(uri.partition("sqlite:///")[2])
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with FileLock(f"{path}.lock"):
-                made.search_experiments(max_results=1)
+                return MlflowClient(tracking_uri=uri)  # makes or upgrades the tables
         except Exception as error:
             reason = str(error).strip().partition("\n")[0]
             raise TrackingError(
                 f"MLflow store {uri}: {reason}: move it away or set MLFLOW_TRACKING_URI"
             ) from error
-    return made
+    return MlflowClient(tracking_uri=uri)
 
 
 def find_run(uri: str, run_id: str) -> tuple[str, str] | None:

@@ -108,7 +108,12 @@ def test_append_returns_while_the_writer_hangs_and_flush_waits(make: Make) -> No
     assert entered.wait(10)
     assert not writer.first, "append was to return before anything is acknowledged"
     flushed = threading.Event()
-    flusher = threading.Thread(target=lambda: (buffer.flush(), flushed.set()))
+
+    def flush() -> None:
+        buffer.flush()
+        flushed.set()
+
+    flusher = threading.Thread(target=flush)
     flusher.start()
     assert not flushed.wait(0.1)
     released.set()
@@ -133,7 +138,12 @@ def test_rows_are_sent_without_being_asked_for(make: Make, monkeypatch: pytest.M
 def test_five_hundred_rows_are_sent_at_once(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(piste.buffer, "FLUSH_SECONDS", 3600.0)
     arrived = threading.Event()
-    buffer = make(lambda message: arrived.set() or message.sequence)
+
+    def send(message: Message) -> int:
+        arrived.set()
+        return message.sequence
+
+    buffer = make(send)
     for step in range(499):
         buffer.append({"loss": 1.0}, step)
     assert not arrived.wait(0.1)

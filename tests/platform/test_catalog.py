@@ -110,7 +110,7 @@ def test_all_of_torchs_optimizers_are_known() -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("adamv", "unknown optimizer 'adamv'; did you mean 'adamw'?"),
+        ("nadamm", "unknown optimizer 'nadamm'; did you mean 'nadam'?"),
         ("rge", "unknown optimizer 'rge'; did you mean 'reg'?"),
         ("optimizer", "unknown optimizer 'optimizer'"),
         ("no_such_package.Thing", "'no_such_package' cannot be imported: no module named 'no_such_package'"),

@@ -37,7 +37,10 @@ class Config(Recipe, frozen=True):
     [
         ({"model": {"layes": 3}}, "r.toml: unknown key 'model.layes'; did you mean 'layers'?"),
         ({"optimiser": {}}, "r.toml: unknown key 'optimiser'; did you mean 'optimizer'?"),
-        ({"tracking": {"zzz": 1}}, "r.toml: unknown key 'tracking.zzz'; there are: experiment, system_metrics"),
+        (
+            {"tracking": {"zzz": 1}},
+            "r.toml: unknown key 'tracking.zzz'; there are: experiment, system_metrics",
+        ),
         ({"model": {"layers": "many"}}, "r.toml: model.layers: Input should be a valid integer"),
         ({"model": {"layers": 0}}, "model.layers: Input should be greater than or equal to 1 (given: 0)"),
         ({"model": 7}, "r.toml: model: "),
@@ -205,4 +208,6 @@ def test_a_trajectory_is_so_many_evenly_spaced_checkpoints(count: int, last: int
 @given(count=st.integers(1, 10), every=st.integers(1, 20), last=st.integers(1, 60))
 def test_a_trajectory_also_keeps_what_every_asks_for(count: int, every: int, last: int) -> None:
     spaced = set(due_steps(f"trajectory {count}", 0, last))
-    assert due_steps(f"trajectory {count}", every, last) == sorted(spaced | set(range(every, last + 1, every)))
+    assert due_steps(f"trajectory {count}", every, last) == sorted(
+        spaced | set(range(every, last + 1, every))
+    )

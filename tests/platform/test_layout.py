@@ -48,8 +48,6 @@ def test_one_module_alone_knows(library: str, allowed: set[str]) -> None:
 
 
 def test_a_bare_import_is_light() -> None:
-    script = (
-        "import piste, piste.cli, sys; print(sorted({'torch', 'ray', 'mlflow', 'sqlalchemy'} & {*sys.modules}))"
-    )
+    script = "import piste, piste.cli, sys; print(sorted({'torch', 'ray', 'mlflow', 'sqlalchemy'} & {*sys.modules}))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -186,7 +186,7 @@ def two_nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
             cluster.wait_for_nodes()
             yield cluster.address
         finally:
-            cluster.shutdown()
+            cluster.shutdown()  # type: ignore[no-untyped-call]
 
 
 @pytest.mark.slow
