@@ -388,7 +388,7 @@ def _follow(ledger_url: str, run_id: str, uri: str) -> dict[str, Any]:
         ended = terminal or driver_gone.is_set()
         if ended:
             give_up = give_up or time.monotonic() + GRACE_SECONDS
-            # Of a run that has not ended only rows can be owed; one that has is still to be closed in the view.
+            # Of a run that has not ended only rows are owed; one that has is still to be closed in the view.
             if time.monotonic() > give_up or (not terminal and relay and not relay.pending()):
                 break
         driver_gone.wait(POLL_SECONDS) if not ended else time.sleep(0.2)

@@ -92,25 +92,23 @@ def relay_rates(folder: Path, metrics: int) -> tuple[float, float]:
     uri = f"sqlite:///{folder / 'shown.db'}"
     client(uri)
     peer = client(f"sqlite:///{folder / 'peer.db'}")
+    ledger.create(**columns("run", folder / "runs" / "run"))
+    attempt = ledger.begin_attempt("run")
+    relay = Relay(ledger, "run", uri)
+    bare = peer.create_run("0").info.run_id
     spent = {"relay": 0.0, "peer": 0.0}
     size = metrics // CHUNKS
     for chunk in range(CHUNKS):
-        run_id = f"run-{chunk}"
-        ledger.create(**columns(run_id, folder / "runs" / run_id))
-        attempt = ledger.begin_attempt(run_id)
-        for start in range(0, size, 1000):
-            rows = tuple(Row("loss", step, float(step), step) for step in range(start, start + 1000))
-            ledger.apply(Message(run_id, attempt, start, rows))
-        ledger.set_status(run_id, "finished")
-        relay = Relay(ledger, run_id, uri)
+        batches = [range(start, start + 1000) for start in range(chunk * size, (chunk + 1) * size, 1000)]
+        for batch in batches:
+            ledger.apply(Message("run", attempt, 0, tuple(Row("loss", s, float(s), s) for s in batch)))
         begun = time.perf_counter()
-        assert relay.step()
+        relay.step()
         spent["relay"] += time.perf_counter() - begun
         assert relay.pending() == 0
-        bare = peer.create_run("0").info.run_id
         begun = time.perf_counter()
-        for start in range(0, size, 1000):
-            peer.log_batch(bare, [Metric("loss", float(s), s, s) for s in range(start, start + 1000)])
+        for batch in batches:
+            peer.log_batch(bare, [Metric("loss", float(s), s, s) for s in batch])
         spent["peer"] += time.perf_counter() - begun
     return metrics / spent["relay"], metrics / spent["peer"]
 

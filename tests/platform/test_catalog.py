@@ -51,7 +51,7 @@ def acme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         "acme_slopes/workloads/helper.py": '"""No workload: it has no train."""\n',
         "acme_slopes/recipes/idle-slowly.toml": '# Idles for a while\nworkload = "idle"\n',
         "acme_slopes-1.0.dist-info/METADATA": "Metadata-Version: 2.1\nName: acme-slopes\nVersion: 1.0\n",
-        "acme_slopes-1.0.dist-info/entry_points.txt": "[piste.members]\nacme = acme_slopes\ngone = not_there\n",
+        "acme_slopes-1.0.dist-info/entry_points.txt": "[piste.members]\na = acme_slopes\ngone = not_there\n",
     }
     for name, text in files.items():
         (site / name).parent.mkdir(parents=True, exist_ok=True)
@@ -140,7 +140,7 @@ def test_unknown_workloads_and_recipes_name_the_nearest() -> None:
         catalog.load_workload("quadratik")
     with pytest.raises(BadInput, match=r"^unknown recipe 'llm-regg'; did you mean 'llm-reg'\?$"):
         catalog.recipe_path("llm-regg")
-    with pytest.raises(BadInput, match="workload 'json.decoder': json.decoder has no 'Config'"):
+    with pytest.raises(BadInput, match=r"workload 'json\.decoder': json\.decoder has no 'Config'"):
         catalog.load_workload("json.decoder")
     with pytest.raises(BadInput, match='r: workload is missing: add `workload = "NAME"`'):
         catalog.recipe_workload({"seed": 1}, "r")

@@ -137,7 +137,7 @@ def test_a_file_that_is_no_recipe_is_named(tmp_path: Path) -> None:
     (tmp_path / "latin.toml").write_bytes(b'a = "\xe9"')
     with pytest.raises(BadInput, match=r"latin\.toml: cannot be read"):
         read_toml(tmp_path / "latin.toml")
-    with pytest.raises(BadInput, match="cannot be read: .*directory"):
+    with pytest.raises(BadInput, match=r"cannot be read: .*directory"):
         read_toml(tmp_path)
 
 
