@@ -128,6 +128,17 @@ class Row(NamedTuple):
     timestamp: int
 
 
+class StoredRow(NamedTuple):
+    """A metric as the ledger keeps it: the columns of `Metric` without the run."""
+
+    id: int
+    key: str
+    step: int
+    value: float | None
+    special: str | None
+    timestamp: int
+
+
 @dataclass(frozen=True)
 class Message:
     """What a worker sends to the writer.
@@ -289,11 +300,12 @@ class Ledger:
         with self._explained(), Session(self.engine) as session:
             return list(session.scalars(select(Run).order_by(Run.created.desc()).limit(limit)))
 
-    def metrics_after(self, run_id: str, high_water_mark: int, limit: int) -> list[Metric]:
+    def metrics_after(self, run_id: str, high_water_mark: int, limit: int) -> list[StoredRow]:
         """The run's next metrics behind a high-water mark, in the order of their commit."""
-        query = select(Metric).where(Metric.run_id == run_id, Metric.id > high_water_mark)
-        with self._explained(), Session(self.engine) as session:
-            return list(session.scalars(query.order_by(Metric.id).limit(limit)))
+        columns = [getattr(Metric, name) for name in StoredRow._fields]
+        query = select(*columns).where(Metric.run_id == run_id, Metric.id > high_water_mark)
+        with self._explained(), self.engine.connect() as connection:
+            return [StoredRow(*row) for row in connection.execute(query.order_by(Metric.id).limit(limit))]
 
     def count_after(self, run_id: str, high_water_mark: int = 0) -> int:
         """How many metrics of a run lie behind a high-water mark."""
@@ -355,7 +367,7 @@ class Ledger:
             raise LedgerError(f"ledger {_shown(self.url)}: {cause}: {fix}") from error
 
 
-def number(metric: Metric) -> float:
+def number(metric: Metric | StoredRow) -> float:
     """A metric's value, `nan` and `inf` included."""
     return float(metric.special or "nan") if metric.value is None else metric.value
 

@@ -27,7 +27,7 @@ from filelock import FileLock
 
 from piste.errors import BadInput, PisteError
 from piste.home import home
-from piste.ledger import WALL_CLOCK, Artifact, Ledger, Metric, number
+from piste.ledger import WALL_CLOCK, Artifact, Ledger, StoredRow, number
 from piste.ledger import Run as RunRow
 
 if TYPE_CHECKING:
@@ -128,7 +128,7 @@ class Relay:
         files = [a for a in self._ledger.artifacts(self._run_id) if a.kind != "checkpoint"]
         return [a for a in files if self._uploaded.get(a.name) != a.sha256]
 
-    def _push(self, rows: list[Metric]) -> None:
+    def _push(self, rows: list[StoredRow]) -> None:
         from mlflow.entities import Metric as View
         from mlflow.entities import RunTag
 
