@@ -54,6 +54,7 @@ class MetricBuffer:
         self._sequence = count(1)
         self._error: PisteError | None = None
         self._closing = False
+        self._taken = False
         self._wake = threading.Event()
         self._sending = threading.Lock()
         self._thread = threading.Thread(target=self._loop, name="piste-metrics", daemon=True)
@@ -67,6 +68,7 @@ class MetricBuffer:
         """
         if self._error is not None:
             raise self._error
+        self._taken = True
         now = time.time_ns() // 1_000_000
         for key, value in metrics.items():
             self._rows.append(Row(key, step, float(value), now))
@@ -102,7 +104,8 @@ class MetricBuffer:
         while not self._closing:
             self._wake.wait(FLUSH_SECONDS)
             self._wake.clear()
-            if self._sample is not None and not self._closing:
+            # Not before the first metric: MLflow's comparison page opens on the one that came first.
+            if self._sample is not None and self._taken and not self._closing:
                 metrics, step = self._sample()
                 now = time.time_ns() // 1_000_000
                 self._rows.extend(Row(key, step, value, now) for key, value in metrics.items())

@@ -168,5 +168,7 @@ def _damage(folder: Path) -> str:
 
 
 def _unwritable(path: Path, error: Exception) -> str:
-    cause = error.strerror if isinstance(error, OSError) else str(error).partition("\n")[0]
+    # torch's writer hides the file's own error behind one about positions.
+    system = error if isinstance(error, OSError) else error.__context__
+    cause = system.strerror if isinstance(system, OSError) else str(error).partition("\n")[0]
     return f"checkpoint {path} cannot be written: {cause}: free space or set PISTE_HOME, then `piste resume`"
