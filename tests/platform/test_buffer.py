@@ -192,9 +192,12 @@ def test_files_and_samples_go_the_same_way(make: Make, monkeypatch: pytest.Monke
 
     buffer = make(writer.send, sample=sample)
     buffer.artifact({"name": "loss.png"})
+    assert not sampled.wait(0.2), "sampling begins with the first metric"
+    buffer.append({"loss": 1.0}, 0)
     assert sampled.wait(10)
     buffer.close()
     assert writer.artifacts == ["loss.png"]
+    assert next(iter(writer.first)) == ("loss", 0)
     assert [("system/cpu", n) in writer.first for n in range(3)] == [True] * 3
 
 
