@@ -331,6 +331,41 @@ together(8, write)
         assert ledger.history(f"run-{n}", "x") == [(step, float(n)) for step in range(1000)]
 
 
+def test_processes_that_lose_double_and_reorder_their_messages_lose_and_double_no_metric(
+    tmp_path: Path,
+) -> None:
+    script = """
+import random
+
+def write(number):
+    chance, ledger = random.Random(number), Ledger(URL)
+    ledger.create(id=f"run-{number}", **COLUMNS)
+    attempt = ledger.begin_attempt(f"run-{number}")
+    parts = [range(50 * part, 50 * part + 50) for part in range(10)]
+    messages = [
+        Message(f"run-{number}", attempt, n, tuple(Row("x", step, step / 3, step) for step in part))
+        for n, part in enumerate(parts)
+    ]
+    waiting = messages + chance.sample(messages, 5)  # doubled
+    chance.shuffle(waiting)  # reordered
+    while waiting:
+        message = waiting.pop()
+        if chance.random() < 0.3:  # lost on the way there: sent again, later
+            waiting.insert(0, message)
+            continue
+        assert ledger.apply(message) == message.sequence
+        if chance.random() < 0.3:  # its acknowledgement lost: sent again, later
+            waiting.insert(0, message)
+
+together(4, write)
+"""
+    ledger = in_a_process(tmp_path, script)
+    for n in range(4):
+        assert ledger.history(f"run-{n}", "x") == [(step, step / 3) for step in range(500)]
+        assert ledger.count_after(f"run-{n}") == 500
+        assert ledger.run(f"run-{n}").recomputed_different == 0
+
+
 def test_a_full_disk_is_one_line_and_writing_goes_on_after_it(tmp_path: Path) -> None:
     script = """
 ledger = Ledger(URL)
