@@ -21,7 +21,7 @@ from typing import Any
 
 # Read by Ray when it is imported or started.
 for _key, _value in {
-    "RAY_AUTH_MODE": "disabled",
+    "RAY_AUTH_MODE": "token",  # Ray listens on the host's address: without it any process could join
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
@@ -130,6 +130,8 @@ def cluster(resources: Resources) -> Iterator[None]:
             )
     except (ConnectionError, RuntimeError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0]
+        if resources.address is None:
+            raise BadInput(f"a local Ray cannot be started: {reason}: try --local") from None
         raise BadInput(f"resources.address {resources.address}: {reason}: is the cluster up?") from None
     try:
         yield
