@@ -102,9 +102,10 @@ class CheckpointStore:
                 warnings.warn(f"checkpoint {folder.name} is damaged ({damage}): falling back", stacklevel=2)
                 continue
             own = folder / f"rank-{rank}.pt"
-            return load(folder), (
-                _load_file(own) if rank and own.exists() else load(folder) if not rank else {}
-            )
+            shared = load(folder)
+            if rank == 0:
+                return shared, shared
+            return shared, _load_file(own) if own.exists() else {}
         return None
 
     def _partial(self, step: int) -> Path:
