@@ -43,6 +43,7 @@ from piste.config import Recipe, Resources, validate
 from piste.errors import BadInput, PisteError
 from piste.home import home
 from piste.ledger import Ledger, Message
+from piste.ledger import Run as RunRow
 from piste.preflight import check_resources, cpus
 from piste.workload import Run
 
@@ -195,7 +196,7 @@ def train(ledger: Ledger, run_id: str, config: Recipe, directory: Path) -> None:
             )
             .remote(ledger.url)
         )
-        trainer = _trainer(run_id, config, directory, writer, ledger.run(run_id).attempt + 1)
+        trainer = _trainer(ledger.run(run_id), config, directory, writer)
         failure = _fit(trainer, ledger, run_id) or _ask(writer.failure.remote())
         if failure is None:
             ray.kill(writer)  # else Ray Train may still ask it whether to go on
@@ -203,16 +204,17 @@ def train(ledger: Ledger, run_id: str, config: Recipe, directory: Path) -> None:
         raise PisteError(failure)
 
 
-def _trainer(run_id: str, config: Recipe, directory: Path, writer: Any, attempt: int) -> TorchTrainer:
+def _trainer(row: RunRow, config: Recipe, directory: Path, writer: Any) -> TorchTrainer:
     resources = config.resources
     gpus = resources.gpus_per_worker
     per_worker = {"CPU": resources.cpus_per_worker, **({"GPU": gpus} if gpus else {})}
     return TorchTrainer(
         _work,
         train_loop_config={
-            "run_id": run_id,
+            "run_id": row.id,
             "config": config.model_dump(mode="json"),
             "directory": str(directory),
+            "created": row.created,
             "home": str(home()),
             "writer": writer,
         },
@@ -221,7 +223,8 @@ def _trainer(run_id: str, config: Recipe, directory: Path, writer: Any, attempt:
             num_workers=resources.workers, use_gpu=gpus > 0, resources_per_worker=per_worker
         ),
         run_config=RunConfig(
-            name=f"attempt-{attempt}",  # Ray Train resumes silently from an earlier run of the same name
+            # A new name: Ray Train resumes silently from an earlier run of the same one.
+            name=f"attempt-{row.attempt + 1}",
             storage_path=str(directory / "ray"),
             failure_config=FailureConfig(max_failures=resources.max_failures),
         ),
@@ -300,6 +303,7 @@ def _work(job: Mapping[str, Any]) -> None:
         attempt,
         rank=rank,
         world_size=context.get_world_size(),
+        created=job["created"],
     )
     if config.resources.gpus_per_worker > 0:
         run.device = ray.train.torch.get_device()

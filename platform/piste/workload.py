@@ -61,6 +61,7 @@ class Run:
         attempt: int,
         rank: int = 0,
         world_size: int = 1,
+        created: float | None = None,
     ) -> None:
         self.id = run_id
         self.seed = config.seed
@@ -72,7 +73,7 @@ class Run:
         self._stop = threading.Event()
         self._buffer: MetricBuffer | None = None
         if rank == 0:
-            sample = _SystemSampler() if config.tracking.system_metrics else None
+            sample = _SystemSampler(created or time.time()) if config.tracking.system_metrics else None
             self._buffer = MetricBuffer(send, run_id, attempt, sample)
         torch.set_num_threads(config.resources.cpus_per_worker)
         torch.manual_seed(self.seed)
@@ -208,7 +209,8 @@ class Run:
 
 def local_run(run_id: str, config: Recipe, directory: Path, ledger: Ledger) -> Run:
     """A run in this process: one worker, its ledger writer a plain call from the buffer's thread."""
-    return Run(run_id, config, directory, ledger.apply, ledger.begin_attempt(run_id))
+    created = ledger.run(run_id).created
+    return Run(run_id, config, directory, ledger.apply, ledger.begin_attempt(run_id), created=created)
 
 
 def _random_state(device: torch.device) -> dict[str, torch.Tensor]:
@@ -225,16 +227,21 @@ def _set_random_state(state: Mapping[str, torch.Tensor], device: torch.device) -
 
 
 class _SystemSampler:
-    """CPU and memory of this process and its host, every two seconds; the step counts seconds."""
+    """CPU and memory of this process and its host, every two seconds.
+
+    The step counts seconds since the run was created, over all its attempts: a step that an earlier attempt
+    has used would be ignored by the ledger.
+    """
 
     period = 2.0
 
-    def __init__(self) -> None:
+    def __init__(self, created: float) -> None:
         import psutil
 
         self._psutil = psutil
         self._process = psutil.Process()
-        self._start = self._last = time.monotonic()
+        self._created = created
+        self._last = time.monotonic()
         self._process.cpu_percent()
         psutil.cpu_percent()
 
@@ -252,4 +259,4 @@ class _SystemSampler:
         }
         if torch.cuda.is_available():
             metrics["system/gpu_memory_mib"] = torch.cuda.max_memory_allocated() / 2**20
-        return metrics, round(now - self._start)
+        return metrics, round(time.time() - self._created)
