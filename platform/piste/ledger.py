@@ -14,7 +14,7 @@ import sqlite3
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -149,7 +149,6 @@ class Message:
         sequence: The sender's number for this message, echoed by the acknowledgement.
         rows: Metrics.
         artifacts: Files, as columns of `Artifact` without `run_id`.
-        status: A change of the run's columns (`status`, `error`), if any.
     """
 
     run_id: str
@@ -157,7 +156,6 @@ class Message:
     sequence: int
     rows: tuple[Row, ...] = ()
     artifacts: tuple[dict[str, Any], ...] = ()
-    status: Mapping[str, Any] = field(default_factory=dict)
 
 
 def default_url(home: Path) -> str:
@@ -244,8 +242,6 @@ class Ledger:
                     connection.execute(statement.values(recomputed_different=total))
             for artifact in message.artifacts:
                 self._upsert_artifact(connection, message.run_id, artifact)
-            if message.status:
-                connection.execute(update(Run).where(Run.id == message.run_id).values(**message.status))
         return message.sequence
 
     def _insert_metrics(self, connection: Connection, message: Message) -> int:

@@ -331,7 +331,6 @@ class RelayProcess:
     """
 
     def __init__(self, ledger_url: str, run_id: str, uri: str, log: Path) -> None:
-        self._run_id = run_id
         command = [sys.executable, "-m", "piste.tracking", ledger_url, run_id, uri]
         with log.open("ab") as file:
             self._process = subprocess.Popen(

@@ -92,8 +92,8 @@ class RayRun(Run):
         if self.world_size > 1:
             torch.distributed.barrier()
 
-    def _exchange(self, metrics: dict[str, float], step: int, checkpointed: bool) -> None:
-        ray.train.report({**metrics, "step": step, "checkpointed": checkpointed})
+    def _exchange(self, metrics: dict[str, float], step: int) -> None:
+        ray.train.report({**metrics, "step": step})
 
 
 @contextmanager

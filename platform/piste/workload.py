@@ -117,7 +117,7 @@ class Run:
             if self._buffer is not None:
                 self._buffer.artifact(self._checkpoints.commit(step))
                 self._buffer.flush()
-        self._exchange(dict(metrics), step, checkpoint is not None)
+        self._exchange(dict(metrics), step)
 
     def restore(self) -> dict[str, Any] | None:
         """The state of the newest undamaged checkpoint, or None at the start of a run.
@@ -184,7 +184,7 @@ class Run:
     def _barrier(self) -> None:
         """Waits for all ranks."""
 
-    def _exchange(self, metrics: dict[str, float], step: int, checkpointed: bool) -> None:
+    def _exchange(self, metrics: dict[str, float], step: int) -> None:
         """Tells the scheduler of the run, if it has one."""
 
     def _artifact_path(self, name: str) -> Path:

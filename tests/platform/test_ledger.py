@@ -124,7 +124,7 @@ def test_an_earlier_attempt_is_fenced_off(ledger: Ledger) -> None:
     assert ledger.begin_attempt("run") == 2
     run = ledger.run("run")
     assert (run.status, run.error, run.finished) == ("running", None, None)
-    late = Message("run", 1, 9, (Row("loss", 1, 1.0, 0),), ({"kind": "f"},), {"status": "finished"})
+    late = Message("run", 1, 9, (Row("loss", 1, 1.0, 0),), ({"kind": "f"},))
     assert ledger.apply(late) == 9
     assert recorded(ledger) == []
     assert ledger.artifacts("run") == []
