@@ -202,7 +202,9 @@ class Ledger:
             return int(connection.execute(statement.values(values).returning(Run.attempt)).scalar_one())
 
     def claim(self, run_id: str, driver: str) -> None:
-        """Makes a driver (`host:pid`) the owner of a run.
+        """Makes a driver (`host:pid`) the owner of a run, which is planned again.
+
+        How an earlier attempt ended says nothing of the next one.
 
         Raises:
             LedgerError: Another driver on this host is alive and running it.
@@ -213,7 +215,8 @@ class Ledger:
             same_host = host == driver.rpartition(":")[0]
             if status == "running" and owner != driver and same_host and psutil.pid_exists(int(pid)):
                 raise LedgerError(f"{run_id} is running in process {pid}: end that first")
-            connection.execute(update(Run).where(Run.id == run_id).values(driver=driver))
+            values = {"driver": driver, "status": "planned", "error": None, "finished": None}
+            connection.execute(update(Run).where(Run.id == run_id).values(values))
 
     def set_status(self, run_id: str, status: str, error: str | None = None) -> None:
         """Sets a run's status (`finished`, `failed`, `interrupted`) and when it ended."""

@@ -184,7 +184,6 @@ def execute(ledger: Ledger, run_id: str, *, local: bool, observer: Observer | No
     directory = Path(row.directory)
     uri = tracking.tracking_uri(config.tracking.uri)
     ledger.claim(run_id, f"{os.uname().nodename}:{os.getpid()}")
-    ledger.set_status(run_id, "planned")  # how an earlier attempt ended says nothing of this one
     relay = tracking.RelayProcess(ledger.url, run_id, uri, directory / "relay.log")
     try:
         with (observer or _Silent()).watch(ledger, run_id, config):
