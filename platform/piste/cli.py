@@ -149,11 +149,10 @@ def _ls(options: argparse.Namespace, _fields: dict[str, Any]) -> None:
 
 
 def _ls_runs() -> None:
-    from piste.home import home
-    from piste.ledger import Ledger, default_url
+    from piste.ledger import open_ledger
     from piste.reporting import age
 
-    ledger = Ledger(default_url(home()))
+    ledger = open_ledger()
     print(f"runs in {ledger.url}")
     for run in ledger.runs(limit=50):
         optimizer = run.config["optimizer"]["name"]
@@ -173,10 +172,9 @@ def _run(options: argparse.Namespace, fields: dict[str, Any]) -> int:
     if options.show:
         print("\n".join(to_toml(config) for _, config in configs), end="")
         return 0
-    from piste.home import home
-    from piste.ledger import Ledger, default_url
+    from piste.ledger import open_ledger
 
-    ledger = Ledger(default_url(home()))
+    ledger = open_ledger()
     results: list[RunResult] = []
     with _shared_cluster(configs, options.local):
         for name, config in configs:
@@ -220,19 +218,17 @@ def _to_the_end(ledger: Any, run_id: str, options: argparse.Namespace) -> RunRes
     try:
         result = running.execute(ledger, run_id, local=options.local, observer=_observer(options))
     except KeyboardInterrupt:
-        print(f"piste: interrupted; `{_resume_line(ledger, run_id, options)}` continues it", file=sys.stderr)
+        print(f"piste: interrupted; `{_resume_line(run_id, options)}` continues it", file=sys.stderr)
         raise
     except BadInput:
         raise
     except PisteError as error:
         raise PisteError(f"{run_id} failed: {error}") from error
     if result.status == "interrupted":
-        print(f"piste: stopped; `{_resume_line(ledger, run_id, options)}` continues it", file=sys.stderr)
+        print(f"piste: stopped; `{_resume_line(run_id, options)}` continues it", file=sys.stderr)
     if result.pending != 0:
         shown = "some" if result.pending is None else result.pending
-        print(
-            f"piste: MLflow still lacks {shown} metrics: `piste sync {run_id}` pushes them", file=sys.stderr
-        )
+        print(f"piste: MLflow still lacks {shown} rows: `piste sync {run_id}` pushes them", file=sys.stderr)
     return result
 
 
@@ -240,7 +236,7 @@ def _exit_code(result: RunResult) -> int:
     return 130 if result.status == "interrupted" else 0
 
 
-def _resume_line(ledger: Any, run_id: str, options: argparse.Namespace) -> str:
+def _resume_line(run_id: str, options: argparse.Namespace) -> str:
     return f"piste resume {run_id}" + (" --local" if options.local else "")
 
 
@@ -287,10 +283,9 @@ def _address(ledger: Any, run_ids: Sequence[str], shown: Sequence[str]) -> str:
 
 def _resume(options: argparse.Namespace, _fields: dict[str, Any]) -> int:
     from piste import running
-    from piste.home import home
-    from piste.ledger import Ledger, default_url
+    from piste.ledger import open_ledger
 
-    ledger = Ledger(default_url(home()))
+    ledger = open_ledger()
     run_id = running.resumable(ledger, options.run, options.local)
     result = _to_the_end(ledger, run_id, options)
     _report(ledger, [run_id], options, [result])
@@ -327,10 +322,9 @@ def _call(options: argparse.Namespace, fields: dict[str, Any]) -> None:
 
 def _compare(options: argparse.Namespace, _fields: dict[str, Any]) -> None:
     from piste import running, tracking
-    from piste.home import home
-    from piste.ledger import Ledger, default_url
+    from piste.ledger import open_ledger
 
-    ledger = Ledger(default_url(home()))
+    ledger = open_ledger()
     ids = [ledger.run(name).id for name in options.runs]
     results = []
     for run_id in ids:
@@ -342,10 +336,9 @@ def _compare(options: argparse.Namespace, _fields: dict[str, Any]) -> None:
 
 def _sync(options: argparse.Namespace, _fields: dict[str, Any]) -> None:
     from piste import tracking
-    from piste.home import home
-    from piste.ledger import Ledger, default_url
+    from piste.ledger import open_ledger
 
-    ledger = Ledger(default_url(home()))
+    ledger = open_ledger()
     ids = [ledger.run(name).id for name in options.runs] or [run.id for run in ledger.runs()]
     remaining = tracking.sync(ledger, ids)
     print(f"{len(ids)} runs in step with MLflow, {sum(remaining.values())} rows pending")

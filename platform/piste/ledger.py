@@ -43,11 +43,13 @@ from sqlalchemy.exc import ArgumentError, DatabaseError, DBAPIError, NoSuchModul
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
 from piste.errors import BadInput, PisteError
+from piste.home import home
 
 SCHEMA_VERSION = 1
 # Metrics of the machine, not of the computation: a repeated run is not expected to repeat them.
 WALL_CLOCK = ("time/", "system/")
 BUSY_SECONDS = 30
+ACTIVE = ("planned", "running")
 
 _Id = BigInteger().with_variant(Integer, "sqlite")
 
@@ -158,9 +160,9 @@ class Message:
     artifacts: tuple[dict[str, Any], ...] = ()
 
 
-def default_url(home: Path) -> str:
+def default_url() -> str:
     """The ledger in use: `PISTE_LEDGER`, or SQLite under piste's home."""
-    return os.environ.get("PISTE_LEDGER") or f"sqlite:///{home / 'ledger.db'}"
+    return os.environ.get("PISTE_LEDGER") or f"sqlite:///{home() / 'ledger.db'}"
 
 
 class Ledger:
@@ -212,8 +214,8 @@ class Ledger:
         with self._explained(), self._write.begin() as connection:
             owner, status = connection.execute(select(Run.driver, Run.status).where(Run.id == run_id)).one()
             host, _, pid = (owner or "").rpartition(":")
-            same_host = host == driver.rpartition(":")[0]
-            if status == "running" and owner != driver and same_host and psutil.pid_exists(int(pid)):
+            elsewhere = owner != driver and host == driver.rpartition(":")[0]
+            if status in ACTIVE and elsewhere and psutil.pid_exists(int(pid)):
                 raise LedgerError(f"{run_id} is running in process {pid}: end that first")
             values = {"driver": driver, "status": "planned", "error": None, "finished": None}
             connection.execute(update(Run).where(Run.id == run_id).values(values))
@@ -364,6 +366,11 @@ class Ledger:
                 else "check PISTE_LEDGER"
             )
             raise LedgerError(f"ledger {_shown(self.url)}: {cause}: {fix}") from error
+
+
+def open_ledger() -> Ledger:
+    """The ledger in use."""
+    return Ledger(default_url())
 
 
 def number(metric: Metric | StoredRow) -> float:

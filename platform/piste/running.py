@@ -20,7 +20,7 @@ from piste import catalog, provenance, tracking
 from piste.config import Recipe, override, read_toml, to_toml, validate
 from piste.errors import BadInput, PisteError, nearest
 from piste.home import home
-from piste.ledger import WALL_CLOCK, Ledger, default_url
+from piste.ledger import WALL_CLOCK, Ledger, open_ledger
 from piste.ledger import Run as RunRow
 
 
@@ -130,7 +130,7 @@ def run(
     else:
         name, config = Path(recipe).stem, load_recipe(recipe, dotted)
     config = one_process(config) if local else config
-    ledger = Ledger(default_url(home()))
+    ledger = open_ledger()
     return execute(ledger, plan(ledger, name, config), local=local, observer=observer)
 
 
@@ -264,7 +264,7 @@ def resume(run_id: str, *, local: bool = False, observer: Observer | None = None
     Raises:
         BadInput: It has finished already, or its driver is alive.
     """
-    ledger = Ledger(default_url(home()))
+    ledger = open_ledger()
     return execute(ledger, resumable(ledger, run_id, local), local=local, observer=observer)
 
 
@@ -316,7 +316,7 @@ def rerun(run_id: str, *, local: bool = False, observer: Observer | None = None)
     Raises:
         BadInput: The stored recipe no longer fits this code, or needs more workers than `--local` has.
     """
-    ledger = Ledger(default_url(home()))
+    ledger = open_ledger()
     first = ledger.run(run_id)
     _check_workers(first, local)
     config = resolve(first.config, first.id)
@@ -360,7 +360,7 @@ def call(run_id: str, verb: str, **options: Any) -> Any:
     Raises:
         BadInput: The workload has no such verb, the verb no such option, or the run no checkpoint.
     """
-    row = Ledger(default_url(home())).run(run_id)
+    row = open_ledger().run(run_id)
     from piste.checkpoints import CheckpointStore
 
     module = catalog.load_workload(row.workload)

@@ -14,7 +14,7 @@ import psutil
 import torch
 
 from piste.checkpoints import CheckpointStore
-from piste.ledger import Ledger, default_url
+from piste.ledger import Ledger
 
 ROOT = Path(__file__).parents[2]
 PACED = "tests.platform.paced"
@@ -100,12 +100,6 @@ def end(process: subprocess.Popen[str], seconds: float = 180.0) -> tuple[int, st
 
 def ledger_of(home: Path) -> Ledger:
     return Ledger(f"sqlite:///{home / 'ledger.db'}")
-
-
-def ledger_in_use() -> Ledger:
-    from piste.home import home
-
-    return Ledger(default_url(home()))
 
 
 def final_weights(directory: Path) -> dict[str, torch.Tensor]:

@@ -9,11 +9,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tests.platform.driving import environment, ledger_in_use, write
+from tests.platform.driving import environment, write
 
 import piste
 from piste.cli import main
 from piste.errors import BadInput
+from piste.ledger import open_ledger
 
 pytest_plugins = ["tests.platform.fixtures"]
 
@@ -147,7 +148,7 @@ def test_a_home_without_room_for_runs(
     write(piste_home / "runs", "in the way")
     assert main(["run", str(files["q"]), "--local"]) == 2
     assert "set PISTE_HOME" in one_line(capsys.readouterr().err)
-    assert ledger_in_use().runs() == []
+    assert open_ledger().runs() == []
 
 
 def test_a_corrupt_ledger(
@@ -196,7 +197,7 @@ def test_a_failing_run_is_code_1(
     err = capsys.readouterr().err
     assert "Traceback" not in err
     assert "the laboratory is on fire" in err.splitlines()[-1]
-    [row] = ledger_in_use().runs()
+    [row] = open_ledger().runs()
     assert row.status == "failed"
 
 
@@ -279,7 +280,7 @@ def test_json_lines_parse(command: Callable[..., str]) -> None:
 
 def test_two_recipes_are_run_and_compared(command: Callable[..., str], piste_home: Path) -> None:
     out = command("run", "{q}", "{llm}", "--local", "--seed", "5")
-    runs = ledger_in_use().runs()
+    runs = open_ledger().runs()
     assert {(run.recipe, run.seed, run.status) for run in runs} == {
         ("q", 5, "finished"),
         ("llm", 5, "finished"),
@@ -295,6 +296,6 @@ def test_two_recipes_are_run_and_compared(command: Callable[..., str], piste_hom
 
 def test_rerun_says_that_nothing_differs(command: Callable[..., str]) -> None:
     command("run", "{q}", "--local")
-    [first] = ledger_in_use().runs()
+    [first] = open_ledger().runs()
     out = command("rerun", first.id[:-1], "--local")  # the beginning of an id is enough
     assert f"repeats {first.id} bit for bit: 1 metrics, difference 0" in out

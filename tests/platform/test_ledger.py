@@ -149,7 +149,8 @@ def test_a_live_drivers_run_cannot_be_claimed(ledger: Ledger) -> None:
     ledger.claim("run", alive)
     with pytest.raises(LedgerError, match=rf"^run is running in process {os.getppid()}: end that first$"):
         ledger.claim("run", me)
-    assert ledger.run("run").driver == alive
+    claimed = ledger.run("run")
+    assert (claimed.driver, claimed.status, claimed.finished) == (alive, "planned", None)
     ledger.claim("run", alive)
     ledger.set_status("run", "interrupted")
     ledger.claim("run", dead)
@@ -261,9 +262,10 @@ def test_a_full_database_is_one_line_and_takes_no_half_message(ledger: Ledger) -
 
 
 def test_the_ledger_in_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert default_url(tmp_path) == f"sqlite:///{tmp_path}/ledger.db"
+    monkeypatch.setenv("PISTE_HOME", str(tmp_path))
+    assert default_url() == f"sqlite:///{tmp_path}/ledger.db"
     monkeypatch.setenv("PISTE_LEDGER", "postgresql://host/piste")
-    assert default_url(tmp_path) == "postgresql://host/piste"
+    assert default_url() == "postgresql://host/piste"
 
 
 # -- many processes -------------------------------------------------------------------------------------

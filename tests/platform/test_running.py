@@ -19,7 +19,6 @@ from tests.platform.driving import (
     done_again,
     end,
     final_weights,
-    ledger_in_use,
     ledger_of,
     paced_recipe,
     start_piste,
@@ -34,7 +33,7 @@ from piste.checkpoints import CheckpointStore
 from piste.config import Recipe
 from piste.errors import BadInput, PisteError
 from piste.home import home
-from piste.ledger import Metric
+from piste.ledger import Metric, open_ledger
 from piste.provenance import identify
 from piste.running import RunResult
 
@@ -68,7 +67,7 @@ class TestInProcess:
     def test_a_recipe_file_with_overrides(self, tmp_path: Path) -> None:
         recipe = paced_recipe(tmp_path / "records", steps=3)
         result = piste.run(recipe, local=True, seed=7, optimizer__lr=0.2)
-        row = ledger_in_use().run(result.id)
+        row = open_ledger().run(result.id)
         assert (row.seed, row.recipe, row.config["optimizer"]["lr"]) == (7, "paced", 0.2)
         assert result.id.startswith("paced-")
 
@@ -76,13 +75,13 @@ class TestInProcess:
         pace = {"records": str(tmp_path), "fail_at": 12}
         with pytest.raises(RuntimeError, match=FAILURE):
             piste.run(paced(pace=pace), local=True)
-        [row] = ledger_in_use().runs()
+        [row] = open_ledger().runs()
         assert (row.status, row.error) == ("failed", f"RuntimeError: {FAILURE}")
         assert "in _pace" in (Path(row.directory) / "error.txt").read_text()  # the traceback
         (tmp_path / "mended").touch()
         resumed = piste.resume(row.id, local=True)
         assert resumed.status == "finished"
-        assert ledger_in_use().run(row.id).error is None
+        assert open_ledger().run(row.id).error is None
         assert [step for step, _ in steps_taken(tmp_path)] == [*range(1, 13), *range(11, STEPS + 1)]
         whole = undisturbed()
         assert resumed.history("train/loss") == whole.history("train/loss")
@@ -92,10 +91,10 @@ class TestInProcess:
         done = undisturbed()
         with pytest.raises(BadInput, match=f"piste rerun {done.id}"):
             piste.resume(done.id, local=True)
-        assert ledger_in_use().run(done.id).attempt == 1
+        assert open_ledger().run(done.id).attempt == 1
 
     def test_a_run_of_two_workers_is_not_taken_further_or_repeated_by_one(self) -> None:
-        ledger = ledger_in_use()
+        ledger = open_ledger()
         run_id = running.plan(ledger, "wide", paced(resources={"workers": 2}))
         for verb in (piste.resume, piste.rerun):
             with pytest.raises(BadInput, match="2 workers"):
@@ -103,7 +102,7 @@ class TestInProcess:
         assert [row.id for row in ledger.runs()] == [run_id]
 
     def test_a_run_of_a_living_driver_is_left_alone(self) -> None:
-        ledger = ledger_in_use()
+        ledger = open_ledger()
         run_id = running.plan(ledger, "busy", paced())
         ledger.begin_attempt(run_id)
         ledger.claim(run_id, f"{os.uname().nodename}:1")  # process 1 is always alive
@@ -117,7 +116,7 @@ class TestInProcess:
         assert compared.second.id != first.id
         assert (compared.largest, compared.changed) == (0.0, ())
         assert set(compared.metrics) == {"train/loss"}
-        ledger = ledger_in_use()
+        ledger = open_ledger()
         planted = (Metric.run_id == first.id, Metric.step == 4)
         with ledger.engine.begin() as connection:
             connection.execute(update(Metric).where(*planted).values(value=Metric.value + 0.5))
@@ -143,7 +142,7 @@ class TestInProcess:
             running.call(done.id, "where", scael=1.0)
 
     def test_a_verb_needs_a_checkpoint(self) -> None:
-        run_id = running.plan(ledger_in_use(), "young", paced())
+        run_id = running.plan(open_ledger(), "young", paced())
         with pytest.raises(BadInput, match=f"piste resume {run_id}"):
             running.call(run_id, "where")
 

@@ -25,7 +25,6 @@ from tests.platform.driving import (
     done_again,
     end,
     final_weights,
-    ledger_in_use,
     ledger_of,
     paced_recipe,
     start_piste,
@@ -38,7 +37,7 @@ import piste
 from piste import running
 from piste.config import Recipe
 from piste.errors import PisteError
-from piste.ledger import Metric
+from piste.ledger import Metric, open_ledger
 from piste.running import RunResult
 
 pytest_plugins = ["tests.platform.fixtures"]
@@ -105,10 +104,10 @@ def test_a_killed_worker_is_replaced_and_nothing_is_lost(
     taken = steps_taken(tmp_path, 1)
     assert [step for step, pid in taken if pid == killed] == list(range(1, 14))
     assert len({pid for _, pid in taken}) == 2
-    row = ledger_in_use().run(result.id)
+    row = open_ledger().run(result.id)
     assert (row.status, row.attempt, row.recomputed_different) == ("finished", 2, 0)
     assert result.history("train/loss") == two.history("train/loss")
-    with ledger_in_use().engine.connect() as connection:
+    with open_ledger().engine.connect() as connection:
         rows = connection.execute(select(func.count()).where(Metric.run_id == result.id)).scalar_one()
     assert rows == STEPS + 1  # the losses, and what is not a number
     assert all(done_again(tmp_path, rank) <= EVERY for rank in (0, 1))
@@ -121,12 +120,12 @@ def test_an_error_of_the_workload_ends_the_run_and_is_not_tried_again(
 ) -> None:
     with pytest.raises(PisteError, match=FAILURE):
         piste.run(paced(2, records=tmp_path, fail_at=7, fail_rank=1, nan_at=NAN_AT))
-    [row] = ledger_in_use().runs()
+    [row] = open_ledger().runs()
     assert (row.status, row.attempt, row.error) == ("failed", 1, f"RuntimeError: {FAILURE}")
     assert "in _pace" in (Path(row.directory) / "error-rank-1.txt").read_text()
     (tmp_path / "mended").touch()
     resumed = piste.resume(row.id)
-    assert (resumed.status, ledger_in_use().run(row.id).attempt) == ("finished", 2)
+    assert (resumed.status, open_ledger().run(row.id).attempt) == ("finished", 2)
     # 1 to 7, then on from the checkpoint of step 5: no step in between was tried again
     assert [step for step, _ in steps_taken(tmp_path, 1)] == [*range(1, 8), *range(6, STEPS + 1)]
     assert resumed.history("train/loss") == two.history("train/loss")
