@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.platform.driving import assert_same_weights, ledger_in_use, write
+from tests.platform.driving import assert_same_weights, write
 
 import piste
 from piste import catalog
 from piste.config import Recipe, override, to_toml
-from piste.ledger import WALL_CLOCK
+from piste.ledger import WALL_CLOCK, open_ledger
 from piste.running import RunResult, difference, resolve
 from piste.workload import Run
 
@@ -111,13 +111,13 @@ def test_goes_on_bit_for_bit(
         try:
             run_id = piste.run(small(name), local=True).id
         except Crash:
-            run_id = ledger_in_use().runs(limit=1)[0].id
-    assert ledger_in_use().run(run_id).status in {"interrupted", "failed"}
+            run_id = open_ledger().runs(limit=1)[0].id
+    assert open_ledger().run(run_id).status in {"interrupted", "failed"}
     resumed = piste.resume(run_id, local=True)
     assert resumed.status == "finished"
-    assert ledger_in_use().run(run_id).attempt == 2
+    assert open_ledger().run(run_id).attempt == 2
     assert numbers(resumed) == numbers(whole)
-    assert ledger_in_use().run(run_id).recomputed_different == 0
+    assert open_ledger().run(run_id).recomputed_different == 0
     assert_same_weights(whole.directory, resumed.directory)
 
 
@@ -125,7 +125,7 @@ def test_goes_on_bit_for_bit(
 def test_computes_the_same_on_ray_train(name: str, small: Callable[[str], Recipe], local_ray: None) -> None:
     here = piste.run(small(name), local=True)
     there = piste.run(small(name))
-    gaps = difference(ledger_in_use(), here.id, there.id)
+    gaps = difference(open_ledger(), here.id, there.id)
     assert "train/loss" in gaps
     assert set(gaps.values()) == {0.0}
     assert_same_weights(here.directory, there.directory)

@@ -104,8 +104,8 @@ class TestInProcess:
     def test_a_run_of_a_living_driver_is_left_alone(self) -> None:
         ledger = open_ledger()
         run_id = running.plan(ledger, "busy", paced())
-        ledger.begin_attempt(run_id)
         ledger.claim(run_id, f"{os.uname().nodename}:1")  # process 1 is always alive
+        ledger.begin_attempt(run_id)
         with pytest.raises(PisteError, match="process 1"):
             piste.resume(run_id, local=True)
         assert ledger.run(run_id).status == "running"
