@@ -27,7 +27,6 @@ from rich.table import Table
 from piste import catalog
 from piste.config import Recipe
 from piste.ledger import Ledger, number
-from piste.ledger import Run as RunRow
 
 POLL_SECONDS = 0.5
 
@@ -55,7 +54,7 @@ class ProgressBar:
             task = progress.add_task(run_id, total=_total(config), metrics="starting")
 
             def show(step: int, latest: dict[str, float]) -> None:
-                text = " ".join(f"{k} {latest[k]:.4g}" for k in _headline(config) if k in latest)
+                text = " ".join(f"{k} {latest[k]:.4g}" for k in _headline(config.workload) if k in latest)
                 progress.update(task, completed=step, metrics=text)
 
             with _follow(ledger, run_id, show):
@@ -113,10 +112,9 @@ def _total(config: Recipe) -> int | None:
     return int(total) if total is not None else None
 
 
-def _headline(config: Recipe) -> Sequence[str]:
+def _headline(workload: str) -> Sequence[str]:
     """The metrics that the workload wants compared, most important first."""
-    module = catalog.load_workload(config.workload)
-    return getattr(module, "headline", ("train/loss", "valid/loss"))
+    return getattr(catalog.load_workload(workload), "headline", ("train/loss", "valid/loss"))
 
 
 def summary(ledger: Ledger, run_ids: Sequence[str]) -> list[dict[str, Any]]:
@@ -125,27 +123,18 @@ def summary(ledger: Ledger, run_ids: Sequence[str]) -> list[dict[str, Any]]:
     A measurement of the machine (`time/...`) is its median over the run, any other metric its last value.
     """
     runs = [ledger.run(run_id) for run_id in run_ids]
-    keys = list(dict.fromkeys(key for run in runs for key in _headline_of(run)))
+    keys = list(dict.fromkeys(key for run in runs for key in _headline(run.workload)))
     rows = []
     for run in runs:
-        row: dict[str, Any] = {
-            "run": run.id,
-            "status": run.status,
-            "optimizer": run.config["optimizer"]["name"],
-        }
-        row["lr"] = run.config["optimizer"].get("lr")
-        row["seed"] = run.seed
+        optimizer = run.config["optimizer"]
+        row: dict[str, Any] = {"run": run.id, "status": run.status, "optimizer": optimizer["name"]}
+        row |= {"lr": optimizer.get("lr"), "seed": run.seed}
         last = ledger.last_values(run.id)
         for key in keys:
             values = [v for _, v in ledger.history(run.id, key)] if key.startswith("time/") else []
             row[key] = statistics.median(values) if values else last.get(key)
         rows.append(row)
     return rows
-
-
-def _headline_of(run: RunRow) -> Sequence[str]:
-    module = catalog.load_workload(run.workload)
-    return getattr(module, "headline", ("train/loss", "valid/loss"))
 
 
 def table(rows: Sequence[dict[str, Any]]) -> Table:
@@ -176,9 +165,9 @@ def _cell(value: Any) -> str:
         return "-"
     if not isinstance(value, float):
         return str(value)
-    for size, unit in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
-        if abs(value) >= size:
-            return f"{value / (1e3 if unit == 'k' else size):.3g} {unit}"
+    for least, size, unit in ((1e9, 1e9, "G"), (1e6, 1e6, "M"), (1e4, 1e3, "k")):
+        if abs(value) >= least:
+            return f"{value / size:.3g} {unit}"
     return f"{value:.4g}"
 
 

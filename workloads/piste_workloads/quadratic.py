@@ -44,6 +44,8 @@ class Config(Recipe, frozen=True):
     problem: Problem = Problem()
 
 
+headline = ("train/loss",)
+
 # For the contract battery: six steps, a checkpoint every two.
 test_settings = {"problem.dimension": 4, "problem.steps": 6, "checkpoints.every": 2}
 
