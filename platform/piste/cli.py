@@ -167,8 +167,8 @@ def _run(options: argparse.Namespace, fields: dict[str, Any]) -> int:
 
     configs = []
     for name in options.recipes:
-        config = running.load_recipe(name, fields)
-        configs.append((Path(name).stem, running.one_process(config) if options.local else config))
+        overrides = fields | (running.ONE_WORKER if options.local else {})
+        configs.append((Path(name).stem, running.load_recipe(name, overrides)))
     if options.show:
         print("\n".join(to_toml(config) for _, config in configs), end="")
         return 0

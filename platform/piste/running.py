@@ -23,6 +23,8 @@ from piste.home import home
 from piste.ledger import WALL_CLOCK, Ledger, open_ledger
 from piste.ledger import Run as RunRow
 
+ONE_WORKER = {"resources.workers": 1}  # what `local` sets
+
 
 class Observer(Protocol):
     """Follows a run while it computes."""
@@ -124,19 +126,15 @@ def run(
         BadInput: Before anything is recorded.
         PisteError: The run failed; it is recorded and can be resumed.
     """
-    dotted = {key.replace("__", "."): value for key, value in overrides.items()}
+    dotted = {key.replace("__", "."): value for key, value in overrides.items()} | (
+        ONE_WORKER if local else {}
+    )
     if isinstance(recipe, Recipe):
         name, config = recipe.workload, resolve(override(recipe.model_dump(), dotted), recipe.workload)
     else:
         name, config = Path(recipe).stem, load_recipe(recipe, dotted)
-    config = one_process(config) if local else config
     ledger = open_ledger()
     return execute(ledger, plan(ledger, name, config), local=local, observer=observer)
-
-
-def one_process(config: Recipe) -> Recipe:
-    """The recipe with one worker, as `--local` runs it; the workload's checks apply again."""
-    return resolve(override(config.model_dump(), {"resources.workers": 1}), config.workload)
 
 
 def plan(ledger: Ledger, name: str, config: Recipe) -> str:
