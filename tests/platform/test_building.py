@@ -143,3 +143,10 @@ def test_state_bytes_counts_the_tensors(model: nn.Module) -> None:
     built.step()
     numbers = 3 * 4 + 4 + 4 + 4 + 4 * 2 + 2
     assert state_bytes(built) == 2 * 4 * numbers + 6 * 4  # two float32 moments each, one step counter each
+
+
+def test_an_option_that_no_group_can_have_is_found_without_the_model() -> None:
+    groups = [{"match": ".*", "weight_decya": 0.1}]
+    section = Optimizer.model_validate({"name": "adamw", "groups": groups})
+    with pytest.raises(BadInput, match="'weight_decya' in a group; did you mean 'weight_decay'"):
+        check_optimizer(section)
