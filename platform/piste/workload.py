@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 
 from piste.buffer import MetricBuffer, Send
-from piste.checkpoints import CheckpointStore
+from piste.checkpoints import CheckpointStore, load_model
 from piste.ledger import Ledger
 
 if TYPE_CHECKING:
@@ -133,6 +133,23 @@ class Run:
         if "random" in own:
             _set_random_state(own["random"], self.device)
         return {key: value for key, value in state.items() if key != "random"}
+
+    def resume(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> int:
+        """Restores `"model"` and `"optimizer"` of the newest checkpoint; returns its step, or 0.
+
+        Args:
+            model: As it was before `prepare`.
+            optimizer: Its optimizer.
+
+        Raises:
+            CheckpointError: The checkpoint is of another architecture; the first mismatch is named.
+        """
+        state = self.restore()
+        if state is None:
+            return 0
+        load_model(model, state["model"], f"checkpoint of step {state['step']}")
+        optimizer.load_state_dict(state["optimizer"])
+        return int(state["step"])
 
     def figure(self, name: str, figure: Figure, step: int | None = None) -> None:
         """Keeps a matplotlib figure as a picture of the run."""

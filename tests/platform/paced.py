@@ -16,7 +16,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from piste.building import build_optimizer
-from piste.checkpoints import load, load_model
+from piste.checkpoints import load
 from piste.config import Checkpoints, Optimizer, Recipe, Section
 from piste.workload import Run
 
@@ -58,11 +58,7 @@ def train(config: Config, run: Run) -> None:
     model = Point()
     optimizer = build_optimizer(config.optimizer, model)
     network = run.prepare(model)
-    start = 0
-    if (restored := run.restore()) is not None:
-        load_model(model, restored["model"], "resume")
-        optimizer.load_state_dict(restored["optimizer"])
-        start = restored["step"]
+    start = run.resume(model, optimizer)
     for step in range(start + 1, config.pace.steps + 1):
         _pace(config.pace, run, step)
         loss = run.mean(_step(network, optimizer, run, step))

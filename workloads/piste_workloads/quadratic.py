@@ -21,7 +21,6 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from piste.building import build_optimizer
-from piste.checkpoints import load_model
 from piste.config import Optimizer, Recipe, Section
 from piste.workload import Run
 
@@ -82,12 +81,7 @@ def train(config: Config, run: Run) -> None:
     model = Quadratic(config.problem, torch.Generator().manual_seed(run.seed))
     optimizer = build_optimizer(config.optimizer, model)
     network = run.prepare(model)
-    start = 0
-    restored = run.restore()
-    if restored is not None:
-        load_model(model, restored["model"], "resume")
-        optimizer.load_state_dict(restored["optimizer"])
-        start = restored["step"]
+    start = run.resume(model, optimizer)
 
     def closure() -> Tensor:
         optimizer.zero_grad()

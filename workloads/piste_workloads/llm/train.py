@@ -85,12 +85,7 @@ def train(config: Config, run: Run) -> None:
     compiled: nn.Module = torch.compile(model) if config.train.compile else model  # type: ignore[assignment]
     network = run.prepare(compiled)
 
-    start = 0
-    restored = run.restore()
-    if restored is not None:
-        load_model(model, restored["model"], "resume")
-        optimizer.load_state_dict(restored["optimizer"])
-        start = restored["step"]
+    start = run.resume(model, optimizer)
 
     steps = config.train.steps
     step_once = _Step(config, run, network, optimizer, corpus)
