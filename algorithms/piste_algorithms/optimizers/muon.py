@@ -14,20 +14,18 @@ Sources: Keller Jordan et al., "Muon: an optimizer for hidden layers in neural n
 `0.2 sqrt(max(m, n))`: Liu et al., "Muon is scalable for LLM training" (arXiv:2502.16982).
 """
 
-from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, overload
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim._muon import DEFAULT_A, DEFAULT_B, DEFAULT_C, EPS, muon
-from torch.optim.optimizer import Optimizer, ParamsT
+from torch.optim.optimizer import ParamsT
 
-from piste_algorithms.optimizers._adamw import adamw_step, gradients_of
-from piste_algorithms.optimizers._checks import check_betas, check_group, check_range
+from piste_algorithms.optimizers._adamw import WithAdamW
 from piste_algorithms.optimizers._groups import matrix_param_groups
 
 
-class Muon(Optimizer):
+class Muon(WithAdamW):
     """Muon in groups with `use_muon=True` (the default), AdamW in groups with `use_muon=False`.
 
     `Muon.default_param_groups(model)` makes both kinds of groups. Each kind equals torch's optimizer of that
@@ -48,6 +46,9 @@ class Muon(Optimizer):
             holds a parameter that is not two-dimensional.
     """
 
+    flag: ClassVar[str] = "use_muon"
+    adamw_eps: ClassVar[str] = "adamw_eps"
+    takes: ClassVar[str] = "real two-dimensional parameters"
     needs_closure: ClassVar[bool] = False
     matrices_only: ClassVar[bool] = False
     test_settings: ClassVar[dict[str, Any]] = {"lr": 0.2, "weight_decay": 0.0}
@@ -83,49 +84,21 @@ class Muon(Optimizer):
         """The groups a platform builds for a model by default; convolution weights go to AdamW."""
         return matrix_param_groups(model, flag="use_muon", convolutions=False)
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group, as `torch.optim.Optimizer.add_param_group`; it is checked first."""
-        super().add_param_group(param_group)
-        check_group(self, _check_group)
+    def _is_matrix(self, parameter: Tensor) -> bool:
+        return parameter.ndim == 2
 
-    @overload
-    def step(self, closure: None = None) -> None: ...
+    def _check_rule(self, group: Mapping[str, Any]) -> None:
+        ns_steps = group["ns_steps"]
+        if not isinstance(ns_steps, int) or isinstance(ns_steps, bool) or not 1 <= ns_steps <= 99:
+            raise ValueError(f"ns_steps must be an integer from 1 to 99, got {ns_steps!r}")
 
-    @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
-
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Perform one step.
-
-        Args:
-            closure: re-evaluates the model with gradients enabled and returns the loss.
-
-        Returns:
-            The closure's loss, or `None` without one.
-
-        Raises:
-            RuntimeError: if a gradient is sparse.
-        """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        with torch.no_grad():
-            for group in self.param_groups:
-                if group["use_muon"]:
-                    self._muon_group(group)
-                else:
-                    adamw_step(self, group, betas=group["adamw_betas"], eps=group["adamw_eps"])
-        return loss
-
-    def _muon_group(self, group: Mapping[str, Any]) -> None:
-        parameters, gradients = gradients_of(self, group)
-        buffers = []
-        for parameter in parameters:
-            state = self.state[parameter]
-            if not state:
-                state["momentum_buffer"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-            buffers.append(state["momentum_buffer"])
+    def _update_matrices(
+        self,
+        group: Mapping[str, Any],
+        parameters: list[Tensor],
+        gradients: list[Tensor],
+        buffers: list[Tensor],
+    ) -> None:
         muon(
             parameters,
             gradients,
@@ -140,24 +113,3 @@ class Muon(Optimizer):
             adjust_lr_fn="match_rms_adamw",
             has_complex=False,
         )
-
-
-def _check_group(group: Mapping[str, Any]) -> None:
-    check_range("lr", group["lr"], low=0.0)
-    check_range("weight_decay", group["weight_decay"], low=0.0)
-    if not group["use_muon"]:
-        check_betas("adamw_betas", group["adamw_betas"])
-        check_range("adamw_eps", group["adamw_eps"], low=0.0)
-        return
-    check_range("momentum", group["momentum"], low=0.0, high=1.0)
-    ns_steps = group["ns_steps"]
-    if not isinstance(ns_steps, int) or isinstance(ns_steps, bool) or not 1 <= ns_steps <= 99:
-        raise ValueError(f"ns_steps must be an integer from 1 to 99, got {ns_steps!r}")
-    for index, parameter in enumerate(group["params"]):
-        if parameter.ndim != 2 or not parameter.is_floating_point():
-            name = group["param_names"][index] if "param_names" in group else f"number {index} of the group"
-            raise ValueError(
-                f"a group with use_muon=True takes real two-dimensional parameters, but parameter {name} is "
-                f"{tuple(parameter.shape)} {parameter.dtype}; put it into a group with use_muon=False "
-                "(Muon.default_param_groups(model) does)"
-            )

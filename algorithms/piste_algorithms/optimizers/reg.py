@@ -21,15 +21,15 @@ momentum.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, overload
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import Optimizer, ParamsT
+from torch.optim.optimizer import ParamsT
 
-from piste_algorithms.optimizers._adamw import adamw_step, gradients_of
-from piste_algorithms.optimizers._checks import check_betas, check_group, check_range
+from piste_algorithms.optimizers._adamw import WithAdamW
+from piste_algorithms.optimizers._checks import check_range
 from piste_algorithms.optimizers._groups import matrix_param_groups
 
 ORDERS = ("row_col", "col_row")
@@ -251,7 +251,7 @@ def reg_step(
                 torch.add(view, weight, alpha=1 - lr * weight_decay, out=weight)
 
 
-class REG(Optimizer):
+class REG(WithAdamW):
     """REG for matrices (groups with `use_reg=True`, the default) and AdamW for the rest (`use_reg=False`).
 
     `REG.default_param_groups(model)` makes both kinds of groups. Parameters of more than two dimensions, such
@@ -281,6 +281,9 @@ class REG(Optimizer):
             holds a parameter of fewer than two dimensions.
     """
 
+    flag: ClassVar[str] = "use_reg"
+    adamw_eps: ClassVar[str] = "eps"
+    takes: ClassVar[str] = "real parameters of two or more dimensions"
     needs_closure: ClassVar[bool] = False
     matrices_only: ClassVar[bool] = False
     # Its updates keep their size near a minimum, as those of sign descent do, so the battery lets lr decay to
@@ -324,49 +327,19 @@ class REG(Optimizer):
         """The groups a platform builds for a model by default: `matrix_param_groups(model)`."""
         return matrix_param_groups(model, flag="use_reg")
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group, as `torch.optim.Optimizer.add_param_group`; it is checked first."""
-        super().add_param_group(param_group)
-        check_group(self, _check_group)
+    def _is_matrix(self, parameter: Tensor) -> bool:
+        return parameter.ndim >= 2
 
-    @overload
-    def step(self, closure: None = None) -> None: ...
+    def _check_rule(self, group: Mapping[str, Any]) -> None:
+        _check_racs(group["n_sweeps"], group["order"], group["p"], group["rms"], group["eps"])
 
-    @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
-
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Perform one step.
-
-        Args:
-            closure: re-evaluates the model with gradients enabled and returns the loss.
-
-        Returns:
-            The closure's loss, or `None` without one.
-
-        Raises:
-            RuntimeError: if a gradient is sparse.
-        """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        with torch.no_grad():
-            for group in self.param_groups:
-                if group["use_reg"]:
-                    self._reg_group(group)
-                else:
-                    adamw_step(self, group, betas=group["adamw_betas"], eps=group["eps"])
-        return loss
-
-    def _reg_group(self, group: Mapping[str, Any]) -> None:
-        parameters, gradients = gradients_of(self, group)
-        buffers = []
-        for parameter in parameters:
-            state = self.state[parameter]
-            if not state:
-                state["momentum_buffer"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-            buffers.append(state["momentum_buffer"])
+    def _update_matrices(
+        self,
+        group: Mapping[str, Any],
+        parameters: list[Tensor],
+        gradients: list[Tensor],
+        buffers: list[Tensor],
+    ) -> None:
         reg_step(
             parameters,
             gradients,
@@ -381,22 +354,3 @@ class REG(Optimizer):
             rms=group["rms"],
             eps=group["eps"],
         )
-
-
-def _check_group(group: Mapping[str, Any]) -> None:
-    check_range("lr", group["lr"], low=0.0)
-    check_range("weight_decay", group["weight_decay"], low=0.0)
-    if not group["use_reg"]:
-        check_betas("adamw_betas", group["adamw_betas"])
-        check_range("eps", group["eps"], low=0.0)
-        return
-    check_range("momentum", group["momentum"], low=0.0, high=1.0)
-    _check_racs(group["n_sweeps"], group["order"], group["p"], group["rms"], group["eps"])
-    for index, parameter in enumerate(group["params"]):
-        if parameter.ndim < 2 or not parameter.is_floating_point():
-            name = group["param_names"][index] if "param_names" in group else f"number {index} of the group"
-            raise ValueError(
-                "a group with use_reg=True takes real parameters of two or more dimensions, but parameter "
-                f"{name} is {tuple(parameter.shape)} {parameter.dtype}; put it into a group with "
-                "use_reg=False (REG.default_param_groups(model) does)"
-            )
