@@ -39,6 +39,7 @@ BATCH = 998
 POLL_SECONDS = 1.0
 GRACE_SECONDS = 20.0
 MARK = "piste.relayed"
+WHOLE = "piste.shown"  # the end of a run, once all of it is shown
 TERMINAL = {"finished": "FINISHED", "failed": "FAILED", "interrupted": "KILLED"}
 _ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -94,6 +95,7 @@ class Relay:
         self._uploaded: dict[str, str] = {}
         self._mark = 0
         self._attempt = -1
+        self._whole = False
         self.mlflow_run_id: str | None = None
 
     def step(self) -> bool:
@@ -105,6 +107,8 @@ class Relay:
         run = self._ledger.run(self._run_id)  # before its rows: what a terminal run lacks is really absent
         if self.mlflow_run_id is None:
             self.mlflow_run_id, self._mark = self._find_or_create(run)
+        if self._whole:
+            return True
         if run.attempt != self._attempt and run.status == "running":
             self._client.update_run(self.mlflow_run_id, status="RUNNING")
             self._attempt = run.attempt
@@ -121,6 +125,8 @@ class Relay:
 
     def pending(self) -> int:
         """How many metrics and files the view still lacks."""
+        if self._whole:
+            return 0
         return self._ledger.count_after(self._run_id, self._mark) + len(self._lacking_files())
 
     def _lacking_files(self) -> list[Artifact]:
@@ -147,33 +153,39 @@ class Relay:
         self._client.log_batch(self.mlflow_run_id, metrics=metrics, tags=tags)
         self._mark = rows[-1].id
 
-    def _find_or_create(self, run: RunRow) -> tuple[str, int]:
+    def _experiment(self, run: RunRow) -> str:
+        """The id of the run's experiment, made where it is missing."""
         name = run.config["tracking"]["experiment"]
-        experiment = self._client.get_experiment_by_name(name)
-        if experiment is None:
-            local = urlsplit(self._uri).scheme == "sqlite"
-            location = (
-                str(Path(run.directory).parent.parent / "mlflow-artifacts" / quote(name)) if local else None
-            )
+        found = self._client.get_experiment_by_name(name)
+        if found is None:
+            location = None
+            if urlsplit(self._uri).scheme == "sqlite":
+                location = str(Path(run.directory).parent.parent / "mlflow-artifacts" / quote(name))
             try:
-                experiment_id = self._client.create_experiment(name, artifact_location=location)
+                return self._client.create_experiment(name, artifact_location=location)
             except Exception:
-                experiment = self._client.get_experiment_by_name(name)  # another relay was first
-                if experiment is None:
+                found = self._client.get_experiment_by_name(name)  # another relay was first
+                if found is None:
                     raise
-        if experiment is not None:
-            experiment_id = experiment.experiment_id
-        found = self._client.search_runs([experiment_id], f"tags.`piste.run_id` = '{run.id}'", max_results=1)
+        return str(found.experiment_id)
+
+    def _find_or_create(self, run: RunRow) -> tuple[str, int]:
+        """The MLflow run and its mark; what an earlier relay has shown whole is not shown again."""
+        experiment = self._experiment(run)
+        found = self._client.search_runs([experiment], f"tags.`piste.run_id` = '{run.id}'", max_results=1)
         if found and MARK in found[0].data.tags:
-            return found[0].info.run_id, int(found[0].data.tags[MARK])
+            shown = found[0].data.tags
+            mark = int(shown[MARK])
+            self._whole = shown.get(WHOLE) == _end(run) and not self._ledger.count_after(run.id, mark)
+            return found[0].info.run_id, mark
         if found:  # a relay was cut off before it had described the run
-            self._describe(found[0].info.run_id, run)
-            return found[0].info.run_id, 0
-        created = self._client.create_run(
-            experiment_id, start_time=int(run.created * 1000), tags=tags(run), run_name=run.id
-        )
-        self._describe(created.info.run_id, run)
-        return created.info.run_id, 0
+            mlflow_run_id = found[0].info.run_id
+        else:
+            start = int(run.created * 1000)
+            created = self._client.create_run(experiment, start_time=start, tags=tags(run), run_name=run.id)
+            mlflow_run_id = created.info.run_id
+        self._describe(mlflow_run_id, run)
+        return mlflow_run_id, 0
 
     def _describe(self, mlflow_run_id: str, run: RunRow) -> None:
         from mlflow.entities import Param
@@ -212,6 +224,13 @@ class Relay:
             self._client.set_tag(self.mlflow_run_id, key, value)
         ended = int((run.finished or time.time()) * 1000)
         self._client.set_terminated(self.mlflow_run_id, TERMINAL[run.status], ended)
+        self._client.set_tag(self.mlflow_run_id, WHOLE, _end(run))
+        self._whole = True
+
+
+def _end(run: RunRow) -> str:
+    """Which end of a run it is: a resumed one has another."""
+    return f"{run.status} at attempt {run.attempt}"
 
 
 def tags(run: RunRow) -> dict[str, str]:
@@ -390,7 +409,9 @@ def _follow(ledger_url: str, run_id: str, uri: str) -> dict[str, Any]:
             # Of a run that has not ended only rows are owed; one that has is still to be closed in the view.
             if time.monotonic() > give_up or (not terminal and relay and not relay.pending()):
                 break
-        driver_gone.wait(POLL_SECONDS) if not ended else time.sleep(0.2)
+            time.sleep(0.2)
+        else:
+            driver_gone.wait(POLL_SECONDS)
     found = relay.mlflow_run_id if relay else None
     pending = relay.pending() if relay else ledger.count_after(run_id)
     return {"mlflow_run_id": found, "pending": pending}

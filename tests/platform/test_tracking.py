@@ -285,7 +285,9 @@ def test_how_a_run_ended_is_shown(
         assert client(uri).get_run(relay.mlflow_run_id).info.status == "RUNNING"
 
 
-def test_sync_pushes_what_is_pending(ledger: Ledger, store: Path, tmp_path: Path) -> None:
+def test_sync_pushes_what_is_pending(
+    ledger: Ledger, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     uri = f"sqlite:///{store}"
     for run_id, count in (("run-1", 5), ("run-2", 7)):
         record(ledger, tmp_path, run_id, uri, some_rows(count))
@@ -293,6 +295,23 @@ def test_sync_pushes_what_is_pending(ledger: Ledger, store: Path, tmp_path: Path
     assert find_run(uri, "run-1") is None
     assert sync(ledger, ["run-1", "run-2"]) == {"run-1": 0, "run-2": 0}
     assert [len(shown(store, run_id)) for run_id in ("run-1", "run-2")] == [5, 7]
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("what is shown whole is not shown again")
+
+    from mlflow import MlflowClient
+
+    with monkeypatch.context() as patch:
+        for method in ("log_batch", "log_artifact", "set_tag", "set_terminated"):
+            patch.setattr(MlflowClient, method, refuse)
+        assert sync(ledger, ["run-1", "run-2"]) == {"run-1": 0, "run-2": 0}
+    ledger.apply(Message("run-1", 1, 1, (Row("late", 9, 1.0, 5),)))
+    assert sync(ledger, ["run-1"]) == {"run-1": 0}
+    assert len(shown(store, "run-1")) == 6
+    ledger.begin_attempt("run-1")
+    ledger.set_status("run-1", "failed", "it fell")
+    sync(ledger, ["run-1"])
+    assert tags_of(uri, "run-1")["piste.status"] == "failed"
 
 
 @given(key=st.text(st.characters(codec="utf-8"), max_size=12) | st.text("./ :-_a", max_size=8))
@@ -314,13 +333,13 @@ def free_port() -> int:
 
 
 def test_a_store_that_cannot_be_used_is_refused_before_the_start() -> None:
-    for uri in ("file:///tmp/x", "ftp://host/x", "mlruns"):
+    for uri in ("file:///nowhere/x", "ftp://host/x", "mlruns"):
         with pytest.raises(BadInput, match=r"use an http\(s\) server or a database"):
             check(uri)
     dead = f"http://127.0.0.1:{free_port()}"
     with pytest.raises(BadInput, match=rf"^tracking\.uri {dead}: nothing answers .*: start it or unset it$"):
         check(dead)
-    check("sqlite:////tmp/x.db")
+    check("sqlite:////nowhere/x.db")
 
 
 def test_a_store_that_is_no_database_is_one_line(tmp_path: Path) -> None:
