@@ -95,7 +95,7 @@ class Relay:
         self._uploaded: dict[str, str] = {}
         self._mark = 0
         self._attempt = -1
-        self._whole = False
+        self._shown_end: str | None = None
         self.mlflow_run_id: str | None = None
 
     def step(self) -> bool:
@@ -107,7 +107,7 @@ class Relay:
         run = self._ledger.run(self._run_id)  # before its rows: what a terminal run lacks is really absent
         if self.mlflow_run_id is None:
             self.mlflow_run_id, self._mark = self._find_or_create(run)
-        if self._whole:
+        if self._is_whole(run):
             return True
         if run.attempt != self._attempt and run.status == "running":
             self._client.update_run(self.mlflow_run_id, status="RUNNING")
@@ -125,9 +125,13 @@ class Relay:
 
     def pending(self) -> int:
         """How many metrics and files the view still lacks."""
-        if self._whole:
+        if self._is_whole(self._ledger.run(self._run_id)):
             return 0
         return self._ledger.count_after(self._run_id, self._mark) + len(self._lacking_files())
+
+    def _is_whole(self, run: RunRow) -> bool:
+        """Whether this end of the run is shown already, and no row has come since."""
+        return self._shown_end == _end(run) and not self._ledger.count_after(run.id, self._mark)
 
     def _lacking_files(self) -> list[Artifact]:
         """The pictures and tables that this relay has not shown; checkpoints stay where they are."""
@@ -175,9 +179,8 @@ class Relay:
         found = self._client.search_runs([experiment], f"tags.`piste.run_id` = '{run.id}'", max_results=1)
         if found and MARK in found[0].data.tags:
             shown = found[0].data.tags
-            mark = int(shown[MARK])
-            self._whole = shown.get(WHOLE) == _end(run) and not self._ledger.count_after(run.id, mark)
-            return found[0].info.run_id, mark
+            self._shown_end = shown.get(WHOLE)
+            return found[0].info.run_id, int(shown[MARK])
         if found:  # a relay was cut off before it had described the run
             mlflow_run_id = found[0].info.run_id
         else:
@@ -225,7 +228,7 @@ class Relay:
         ended = int((run.finished or time.time()) * 1000)
         self._client.set_terminated(self.mlflow_run_id, TERMINAL[run.status], ended)
         self._client.set_tag(self.mlflow_run_id, WHOLE, _end(run))
-        self._whole = True
+        self._shown_end = _end(run)
 
 
 def _end(run: RunRow) -> str:
