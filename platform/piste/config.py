@@ -14,7 +14,7 @@ import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Self, TypeVar
+from typing import Annotated, Any, Self, TypeVar, get_args
 
 import tomli_w
 from pydantic import (
@@ -28,12 +28,8 @@ from pydantic import (
 )
 
 from piste.errors import BadInput, nearest
-
-
-class Section(BaseModel):
-    """One table of a recipe: frozen, and an unknown key is an error."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+from piste.section import Section as Section
+from piste.space import Sweep
 
 
 class ParameterGroup(BaseModel):
@@ -136,6 +132,7 @@ class Recipe(Section):
     resources: Resources = Resources()
     tracking: Tracking = Tracking()
     checkpoints: Checkpoints = Checkpoints()
+    sweep: Sweep | None = Field(default=None, description="what `piste sweep` searches")
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -200,7 +197,7 @@ def validate(model: type[R], table: Mapping[str, Any], source: str) -> R:
         return model.model_validate(table)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        where = ".".join(str(part) for part in first["loc"]) or "recipe"
+        where = ".".join(str(part) for part in first["loc"] if part != "") or "recipe"
         if first["type"] == "extra_forbidden":
             owner = _owner(model, first["loc"])
             hint = nearest(str(first["loc"][-1]), owner.model_fields) if owner else ""
@@ -216,9 +213,11 @@ def _owner(model: type[BaseModel], location: tuple[int | str, ...]) -> type[Base
     for part in location[:-1]:
         field = owner.model_fields.get(str(part))
         annotation = field.annotation if field else None
-        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+        sections = [a for a in (annotation, *get_args(annotation)) if isinstance(a, type)]
+        inner = next((a for a in sections if issubclass(a, BaseModel)), None)
+        if inner is None:
             return None
-        owner = annotation
+        owner = inner
     return owner
 
 

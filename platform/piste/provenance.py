@@ -55,11 +55,12 @@ def identify(config: Recipe, code: str, data: str) -> tuple[str, str]:
     """The identity of a run and of its cell.
 
     Args:
-        config: The resolved recipe; `[tracking]` and `[resources]` do not count, but the world size does.
+        config: The resolved recipe; `[tracking]`, `[sweep]` and `[resources]` do not count, but the
+            world size does.
         code: From `code_version`.
         data: The data's hash.
     """
-    decisive = config.model_dump(mode="json", exclude={"tracking", "resources", "seed"})
+    decisive = config.model_dump(mode="json", exclude={"tracking", "resources", "seed", "sweep"})
     decisive["world_size"] = config.resources.workers
     facts = [decisive, code, data, importlib.metadata.version("torch")]
     cell = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

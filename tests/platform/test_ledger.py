@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import piste.ledger
+import piste.ledger.database
 from piste.errors import BadInput
 from piste.ledger import Ledger, LedgerError, Message, Row, default_url, number
 
@@ -218,7 +218,7 @@ def test_a_place_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
 def test_a_place_where_no_lock_can_be_made_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(piste.ledger, "BUSY_SECONDS", 0.1)
+    monkeypatch.setattr(piste.ledger.database, "BUSY_SECONDS", 0.1)
     (tmp_path / "l.db.lock").mkdir()
     refused(lambda: Ledger(url(tmp_path / "l.db")), "set PISTE_HOME or PISTE_LEDGER")
 
@@ -233,7 +233,7 @@ def test_a_url_that_is_none_is_refused_without_its_password(bad: str) -> None:
 def test_a_locked_database_is_one_line(
     ledger: Ledger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(piste.ledger, "BUSY_SECONDS", 0.1)
+    monkeypatch.setattr(piste.ledger.database, "BUSY_SECONDS", 0.1)
     quick = Ledger(ledger.url)
     other = sqlite3.connect(tmp_path / "ledger.db", isolation_level=None)
     other.execute("BEGIN IMMEDIATE")

@@ -1,0 +1,63 @@
+"""The ledger: every sweep, run, metric, artifact and checkpoint, in SQL. The ledger is the truth.
+
+One writer per driver applies messages `(run, attempt, sequence, rows)` and acknowledges each after its
+commit. Applying is idempotent: a row is inserted or ignored on `(run, key, step)`, so that a message
+may be lost, doubled or late without a metric being lost or doubled. The first row keeps its value and
+its timestamp; a recomputed row that differs is counted in `Run.recomputed_different`.
+"""
+
+from __future__ import annotations
+
+from piste.ledger.database import SCHEMA_VERSION, LedgerError, default_url
+from piste.ledger.runs import Runs
+from piste.ledger.sweeps import Sweeps
+from piste.ledger.tables import (
+    WALL_CLOCK,
+    Artifact,
+    Message,
+    Metric,
+    Row,
+    Run,
+    StoredRow,
+    Sweep,
+    TrialRecord,
+    number,
+)
+
+__all__ = [
+    "SCHEMA_VERSION",
+    "WALL_CLOCK",
+    "Artifact",
+    "Ledger",
+    "LedgerError",
+    "Message",
+    "Metric",
+    "Row",
+    "Run",
+    "StoredRow",
+    "Sweep",
+    "TrialRecord",
+    "default_url",
+    "number",
+    "open_ledger",
+]
+
+
+class Ledger(Runs):
+    """Reads and writes one ledger database: runs, and `sweeps` with their trials.
+
+    Args:
+        url: Any SQLAlchemy URL; SQLite is put into WAL mode.
+
+    Raises:
+        LedgerError: It cannot be opened, is corrupt, or was written by a newer piste.
+    """
+
+    def __init__(self, url: str) -> None:
+        super().__init__(url)
+        self.sweeps = Sweeps(self)
+
+
+def open_ledger() -> Ledger:
+    """The ledger in use."""
+    return Ledger(default_url())

@@ -1,0 +1,209 @@
+"""Runs, their metrics and files: one writer, idempotent messages."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import psutil
+from sqlalchemy import Connection, func, insert, select, tuple_, update
+from sqlalchemy.orm import Session
+
+from piste.errors import BadInput
+from piste.ledger.database import Database, LedgerError
+from piste.ledger.tables import (
+    ACTIVE,
+    WALL_CLOCK,
+    Artifact,
+    Message,
+    Metric,
+    Row,
+    Run,
+    StoredRow,
+    Sweep,
+    columns,
+    number,
+    stored,
+)
+
+
+class Runs(Database):
+    """Reads and writes runs."""
+
+    # -- writing ------------------------------------------------------------------------------------
+
+    def create(self, **columns: Any) -> None:
+        """Records a planned run; arguments are columns of `Run`."""
+        with self.writing() as connection:
+            connection.execute(
+                insert(Run).values(status="planned", attempt=0, created=time.time(), **columns)
+            )
+
+    def begin_attempt(self, run_id: str) -> int:
+        """Starts the next attempt of a run and fences off the ones before; returns its number."""
+        with self.writing() as connection:
+            values = {"attempt": Run.attempt + 1, "status": "running", "error": None, "finished": None}
+            values |= _clock(time.time()) | {"started": time.time()}
+            statement = update(Run).where(Run.id == run_id).values(values)
+            return int(connection.execute(statement.returning(Run.attempt)).scalar_one())
+
+    def claim(self, run_id: str, driver: str) -> None:
+        """Makes a driver (`host:pid`) the owner of a run, which is planned again.
+
+        How an earlier attempt ended says nothing of the next one.
+
+        Raises:
+            LedgerError: Another driver on this host is alive and running it.
+        """
+        with self.writing() as connection:
+            claim(connection, Run, run_id, driver)
+            # An attempt whose driver is gone has stopped at a time that nobody knows.
+            connection.execute(update(Run).where(Run.id == run_id).values(started=None))
+
+    def set_status(self, run_id: str, status: str, error: str | None = None) -> None:
+        """Sets a run's status (`finished`, `failed`, `interrupted`, `pruned`) and when it ended."""
+        now = time.time()
+        with self.writing() as connection:
+            values = {"status": status, "error": error, "finished": now, **_clock(now), "started": None}
+            connection.execute(update(Run).where(Run.id == run_id).values(values))
+
+    def apply(self, message: Message) -> int:
+        """Commits a message and returns its sequence number: the acknowledgement.
+
+        Raises:
+            LedgerError: It could not be committed (the disk is full, the database is locked); nothing of
+                the message was recorded and it can be sent again.
+        """
+        with self.writing() as connection:
+            current = connection.execute(
+                select(Run.attempt).where(Run.id == message.run_id)
+            ).scalar_one_or_none()
+            if current is None or message.attempt < current:
+                return message.sequence
+            if message.rows:
+                different = self._insert_metrics(connection, message)
+                if different:
+                    total = Run.recomputed_different + different
+                    statement = update(Run).where(Run.id == message.run_id)
+                    connection.execute(statement.values(recomputed_different=total))
+            for artifact in message.artifacts:
+                self._upsert_artifact(connection, message.run_id, artifact)
+        return message.sequence
+
+    def _insert_metrics(self, connection: Connection, message: Message) -> int:
+        """Inserts or ignores the rows; returns how many of the ignored differ from what is kept."""
+        rows: dict[tuple[str, int], Row] = {}
+        for row in message.rows:
+            rows.setdefault((row.key, row.step), row)
+        statement = self.insert(Metric).on_conflict_do_nothing(index_elements=["run_id", "key", "step"])
+        result = connection.execute(statement, [columns(message.run_id, row) for row in rows.values()])
+        if result.rowcount == len(rows):
+            return 0
+        kept = connection.execute(
+            select(Metric.key, Metric.step, Metric.value, Metric.special).where(
+                Metric.run_id == message.run_id, tuple_(Metric.key, Metric.step).in_(list(rows))
+            )
+        )
+        return sum(
+            (value, special) != stored(rows[key, step].value)
+            for key, step, value, special in kept
+            if not key.startswith(WALL_CLOCK)
+        )
+
+    def _upsert_artifact(self, connection: Connection, run_id: str, artifact: Mapping[str, Any]) -> None:
+        statement = self.insert(Artifact).values(run_id=run_id, **artifact)
+        keys = ["run_id", "kind", "name"]
+        connection.execute(statement.on_conflict_do_update(index_elements=keys, set_=dict(artifact)))
+
+    # -- reading ------------------------------------------------------------------------------------
+
+    def run(self, run_id: str) -> Run:
+        """The run of that id, or the only one whose id begins so.
+
+        Raises:
+            BadInput: No run, or several runs, have it.
+        """
+        with self.explained(), Session(self.engine) as session:
+            found = session.scalars(
+                select(Run).where(Run.id.startswith(run_id, autoescape=True)).limit(2)
+            ).all()
+        exact = [run for run in found if run.id == run_id] or found
+        if len(exact) != 1:
+            count = "no run has" if not found else "several runs begin with"
+            raise BadInput(f"{count} id {run_id!r} in {self.url}; `piste ls runs` shows them")
+        return exact[0]
+
+    def runs(self, limit: int | None = None) -> list[Run]:
+        """The newest runs first."""
+        with self.explained(), Session(self.engine) as session:
+            return list(session.scalars(select(Run).order_by(Run.created.desc()).limit(limit)))
+
+    def metrics_after(self, run_id: str, high_water_mark: int, limit: int) -> list[StoredRow]:
+        """The run's next metrics behind a high-water mark, in the order of their commit."""
+        fields = [getattr(Metric, name) for name in StoredRow._fields]
+        query = select(*fields).where(Metric.run_id == run_id, Metric.id > high_water_mark)
+        with self.reading() as connection:
+            return [StoredRow(*row) for row in connection.execute(query.order_by(Metric.id).limit(limit))]
+
+    def count_after(self, run_id: str, high_water_mark: int = 0) -> int:
+        """How many metrics of a run lie behind a high-water mark."""
+        query = select(func.count()).where(Metric.run_id == run_id, Metric.id > high_water_mark)
+        with self.reading() as connection:
+            return int(connection.execute(query).scalar_one())
+
+    def last_values(self, run_id: str) -> dict[str, float]:
+        """Each metric's value at its last step."""
+        last = select(Metric.key, func.max(Metric.step).label("step")).where(Metric.run_id == run_id)
+        newest = last.group_by(Metric.key).subquery()
+        query = select(Metric).join(newest, (Metric.key == newest.c.key) & (Metric.step == newest.c.step))
+        with self.explained(), Session(self.engine) as session:
+            found = session.scalars(query.where(Metric.run_id == run_id).order_by(Metric.key)).all()
+        return {metric.key: number(metric) for metric in found}
+
+    def history(self, run_id: str, key: str) -> list[tuple[int, float]]:
+        """All values of one metric as `(step, value)`, by step."""
+        query = select(Metric).where(Metric.run_id == run_id, Metric.key == key).order_by(Metric.step)
+        with self.explained(), Session(self.engine) as session:
+            return [(metric.step, number(metric)) for metric in session.scalars(query)]
+
+    def keys(self, run_id: str) -> list[str]:
+        """The names of the metrics that a run has."""
+        query = select(Metric.key).where(Metric.run_id == run_id).distinct().order_by(Metric.key)
+        with self.reading() as connection:
+            return list(connection.scalars(query))
+
+    def provenance(self, run: Run) -> dict[str, Any]:
+        """Where a run comes from: its own facts over those that its sweep's runs share."""
+        if run.sweep_id is None:
+            return run.provenance
+        with self.reading() as connection:
+            query = select(Sweep.provenance).where(Sweep.id == run.sweep_id)
+            return {**connection.execute(query).scalar_one(), **run.provenance}
+
+    def artifacts(self, run_id: str) -> list[Artifact]:
+        """The run's files, in the order of their recording."""
+        query = select(Artifact).where(Artifact.run_id == run_id).order_by(Artifact.id)
+        with self.explained(), Session(self.engine) as session:
+            return list(session.scalars(query))
+
+
+def claim(connection: Connection, table: type[Run] | type[Sweep], row_id: str, driver: str) -> None:
+    """Makes a driver (`host:pid`) the owner of a run or sweep, which is planned again.
+
+    Raises:
+        LedgerError: Another driver on this host is alive and running it.
+    """
+    query = select(table.driver, table.status).where(table.id == row_id)
+    owner, status = connection.execute(query).one()
+    host, _, pid = (owner or "").rpartition(":")
+    elsewhere = owner != driver and host == driver.rpartition(":")[0]
+    if status in ACTIVE and elsewhere and psutil.pid_exists(int(pid)):
+        raise LedgerError(f"{row_id} is running in process {pid}: end that first")
+    values = {"driver": driver, "status": "planned", "error": None, "finished": None}
+    connection.execute(update(table).where(table.id == row_id).values(values))
+
+
+def _clock(now: float) -> dict[str, Any]:
+    """Adds the time of the attempt that ends now, where one is running."""
+    return {"seconds": Run.seconds + now - func.coalesce(Run.started, now)}

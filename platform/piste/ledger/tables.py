@@ -1,0 +1,225 @@
+"""The ledger's tables, and what travels to and from them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from sqlalchemy import JSON, BigInteger, ForeignKey, Index, Integer, UniqueConstraint
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+# Metrics of the machine, not of the computation: a repeated run is not expected to repeat them.
+WALL_CLOCK = ("time/", "system/")
+ACTIVE = ("planned", "running")
+
+_Id = BigInteger().with_variant(Integer, "sqlite")
+
+
+class Base(DeclarativeBase):
+    """All tables."""
+
+    type_annotation_map = {dict[str, Any]: JSON}  # noqa: RUF012 (SQLAlchemy's own protocol)
+
+
+class Meta(Base):
+    """Facts about the database itself: its schema version."""
+
+    __tablename__ = "meta"
+    key: Mapped[str] = mapped_column(primary_key=True)
+    value: Mapped[str]
+
+
+class Sweep(Base):
+    """A search over the runs of one recipe, over all its sessions.
+
+    Attributes:
+        config: The resolved recipe with its `[sweep]`.
+        provenance: What its runs share; a run's own completes it.
+        trials: How many trials it is to have; None where the searcher decides.
+        seconds: How long its sessions have taken together.
+    """
+
+    __tablename__ = "sweeps"
+    id: Mapped[str] = mapped_column(primary_key=True)
+    recipe: Mapped[str]
+    workload: Mapped[str]
+    config: Mapped[dict[str, Any]]
+    provenance: Mapped[dict[str, Any]]
+    directory: Mapped[str]
+    status: Mapped[str] = mapped_column(index=True)
+    driver: Mapped[str | None]
+    created: Mapped[float]
+    finished: Mapped[float | None]
+    error: Mapped[str | None]
+    trials: Mapped[int | None]
+    seconds: Mapped[float] = mapped_column(default=0.0)
+
+
+class Run(Base):
+    """One run of a recipe, over all its attempts.
+
+    Attributes:
+        sweep_id: The sweep that made it; its provenance completes this run's.
+        started: When the newest attempt began.
+        seconds: How long its attempts have computed together.
+    """
+
+    __tablename__ = "runs"
+    id: Mapped[str] = mapped_column(primary_key=True)
+    recipe: Mapped[str]
+    workload: Mapped[str]
+    seed: Mapped[int]
+    config: Mapped[dict[str, Any]]
+    provenance: Mapped[dict[str, Any]]
+    identity: Mapped[str] = mapped_column(index=True)
+    cell: Mapped[str] = mapped_column(index=True)
+    directory: Mapped[str]
+    status: Mapped[str] = mapped_column(index=True)
+    attempt: Mapped[int] = mapped_column(default=0)
+    driver: Mapped[str | None]
+    created: Mapped[float]
+    finished: Mapped[float | None]
+    error: Mapped[str | None]
+    recomputed_different: Mapped[int] = mapped_column(default=0)
+    sweep_id: Mapped[str | None] = mapped_column(ForeignKey("sweeps.id"), index=True)
+    started: Mapped[float | None]
+    seconds: Mapped[float] = mapped_column(default=0.0, server_default="0")
+
+
+class Trial(Base):
+    """One trial of a sweep: the values that the searcher chose, the run that has them, what came of it.
+
+    Attributes:
+        cell: Its number among the sweep's points; trials of one cell differ in the seed alone.
+        values: The chosen values by dotted key, without the seed.
+        memory: What the searcher wants to find again, where it wants anything.
+        run_id: Its run; that of another sweep where `reused`.
+        outcome: `finished`, `pruned` or `failed`; None while it is open.
+        value: The objective. NULL where it is not finite; `special` then says which.
+        step: The last step that the objective is of, for a pruned trial.
+    """
+
+    __tablename__ = "trials"
+    sweep_id: Mapped[str] = mapped_column(ForeignKey("sweeps.id"), primary_key=True)
+    number: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    cell: Mapped[int]
+    values: Mapped[dict[str, Any]]
+    memory: Mapped[dict[str, Any] | None]
+    run_id: Mapped[str] = mapped_column(ForeignKey("runs.id"), index=True)
+    reused: Mapped[bool] = mapped_column(default=False)
+    outcome: Mapped[str | None]
+    value: Mapped[float | None]
+    special: Mapped[str | None]
+    step: Mapped[int | None] = mapped_column(BigInteger)
+
+
+class Metric(Base):
+    """One value of one metric. `value` is NULL where it is not finite; `special` then says which."""
+
+    __tablename__ = "metrics"
+    __table_args__ = (UniqueConstraint("run_id", "key", "step"), Index("metrics_of_run", "run_id", "id"))
+    id: Mapped[int] = mapped_column(_Id, primary_key=True, autoincrement=True)
+    run_id: Mapped[str] = mapped_column(ForeignKey("runs.id"))
+    key: Mapped[str]
+    step: Mapped[int] = mapped_column(BigInteger)
+    value: Mapped[float | None]
+    special: Mapped[str | None]
+    timestamp: Mapped[int] = mapped_column(BigInteger)
+
+
+class Artifact(Base):
+    """A file of a run: a picture, a table, a checkpoint."""
+
+    __tablename__ = "artifacts"
+    __table_args__ = (UniqueConstraint("run_id", "kind", "name"),)
+    id: Mapped[int] = mapped_column(_Id, primary_key=True, autoincrement=True)
+    run_id: Mapped[str] = mapped_column(ForeignKey("runs.id"), index=True)
+    kind: Mapped[str]
+    name: Mapped[str]
+    uri: Mapped[str]
+    sha256: Mapped[str]
+    size: Mapped[int] = mapped_column(BigInteger)
+    step: Mapped[int | None] = mapped_column(BigInteger)
+
+
+class Row(NamedTuple):
+    """A metric on its way to the ledger; the timestamp is in milliseconds since the epoch."""
+
+    key: str
+    step: int
+    value: float
+    timestamp: int
+
+
+class StoredRow(NamedTuple):
+    """A metric as the ledger keeps it: the columns of `Metric` without the run."""
+
+    id: int
+    key: str
+    step: int
+    value: float | None
+    special: str | None
+    timestamp: int
+
+
+@dataclass(frozen=True)
+class Message:
+    """What a worker sends to the writer.
+
+    Attributes:
+        run_id: The run.
+        attempt: The attempt that the sender belongs to; messages of an earlier attempt are fenced off.
+        sequence: The sender's number for this message, echoed by the acknowledgement.
+        rows: Metrics.
+        artifacts: Files, as columns of `Artifact` without `run_id`.
+    """
+
+    run_id: str
+    attempt: int
+    sequence: int
+    rows: tuple[Row, ...] = ()
+    artifacts: tuple[dict[str, Any], ...] = ()
+
+
+class TrialRecord(NamedTuple):
+    """A trial as it is read: the columns of `Trial` with those of its run that a reader needs."""
+
+    number: int
+    cell: int
+    seed: int
+    values: dict[str, Any]
+    memory: dict[str, Any] | None
+    run_id: str
+    reused: bool
+    outcome: str | None
+    value: float | None
+    step: int | None
+    status: str
+    error: str | None
+    created: float
+    finished: float | None
+    seconds: float
+
+
+def number(metric: Metric | StoredRow) -> float:
+    """A metric's value, `nan` and `inf` included."""
+    return float(metric.special or "nan") if metric.value is None else metric.value
+
+
+def stored(value: float) -> tuple[float | None, str | None]:
+    """How a value is stored: SQLite would turn NaN into NULL, so that non-finite ones go by name."""
+    return (value, None) if math.isfinite(value) else (None, str(value))
+
+
+def columns(run_id: str, row: Row) -> dict[str, Any]:
+    """A metric's columns."""
+    value, special = stored(row.value)
+    return {
+        "run_id": run_id,
+        "key": row.key,
+        "step": row.step,
+        "value": value,
+        "special": special,
+        "timestamp": row.timestamp,
+    }
