@@ -339,9 +339,12 @@ def _sync(options: argparse.Namespace, _fields: dict[str, Any]) -> None:
     from piste.ledger import open_ledger
 
     ledger = open_ledger()
-    ids = [ledger.run(name).id for name in options.runs] or [run.id for run in ledger.runs()]
-    remaining = tracking.sync(ledger, ids)
-    print(f"{len(ids)} runs in step with MLflow, {sum(remaining.values())} rows pending")
+    names: list[tuple[tracking.Kind, str]] = [("run", ledger.run(name).id) for name in options.runs]
+    if not names:
+        names = [("run", run.id) for run in ledger.runs()]
+        names += [("sweep", sweep.id) for sweep in ledger.sweeps.newest()]
+    remaining = tracking.sync(ledger, names)
+    print(f"{len(names)} runs and sweeps in step with MLflow, {sum(remaining.values())} rows pending")
 
 
 def _ui(options: argparse.Namespace, _fields: dict[str, Any]) -> None:

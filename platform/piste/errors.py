@@ -18,6 +18,12 @@ class BadInput(PisteError, ValueError):
     exit_code = 2
 
 
+def cause(error: BaseException) -> str:
+    """Why something failed, on one line: the message, after the type where piste does not know it."""
+    message = str(error) if isinstance(error, PisteError) else f"{type(error).__name__}: {error}"
+    return message.strip().partition("\n")[0]
+
+
 def nearest(name: str, candidates: Iterable[str]) -> str:
     """The end of a message about an unknown name: the nearest valid one, or all of them.
 

@@ -18,7 +18,7 @@ from pydantic import BaseModel
 
 from piste import catalog, provenance, tracking
 from piste.config import Recipe, override, read_toml, to_toml, validate
-from piste.errors import BadInput, PisteError, nearest
+from piste.errors import BadInput, cause, nearest
 from piste.home import home
 from piste.ledger import WALL_CLOCK, Ledger, open_ledger
 from piste.ledger import Run as RunRow
@@ -190,7 +190,7 @@ def execute(ledger: Ledger, run_id: str, *, local: bool, observer: Observer | No
             else:
                 from piste import training
 
-                training.train(ledger, run_id, config, directory)
+                training.train(ledger, run_id, config)
                 stopped = False
         if stopped:
             ledger.set_status(run_id, "interrupted", "asked to stop")
@@ -201,9 +201,8 @@ def execute(ledger: Ledger, run_id: str, *, local: bool, observer: Observer | No
         relay.detach()
         raise
     except BaseException as error:
-        message = str(error) if isinstance(error, PisteError) else f"{type(error).__name__}: {error}"
         (directory / "error.txt").write_text("".join(traceback.format_exception(error)), encoding="utf-8")
-        ledger.set_status(run_id, "failed", message.strip().partition("\n")[0])
+        ledger.set_status(run_id, "failed", cause(error))
         relay.finish()
         raise
     return result(ledger, run_id, relay.finish())

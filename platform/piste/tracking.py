@@ -19,8 +19,9 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import quote, urlsplit
 
 from filelock import FileLock
@@ -32,6 +33,9 @@ from piste.ledger import Run as RunRow
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities import Run as MlflowRun
+
+    from piste.sweep_tracking import SweepRelay
 
 # With its two tags a batch stays within the 1,000 entities of one request of MLflow's, so that the mark is
 # never set before the rows that it stands for.
@@ -40,7 +44,7 @@ POLL_SECONDS = 1.0
 GRACE_SECONDS = 20.0
 MARK = "piste.relayed"
 WHOLE = "piste.shown"  # the end of a run, once all of it is shown
-TERMINAL = {"finished": "FINISHED", "failed": "FAILED", "interrupted": "KILLED"}
+TERMINAL = {"finished": "FINISHED", "pruned": "FINISHED", "failed": "FAILED", "interrupted": "KILLED"}
 _ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
@@ -48,6 +52,9 @@ _ENVIRONMENT = {
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "1",
     "GIT_PYTHON_REFRESH": "quiet",
 }
+
+
+Kind = Literal["run", "sweep"]
 
 
 class TrackingError(PisteError):
@@ -85,18 +92,22 @@ class Relay:
         ledger: The ledger that has it.
         run_id: The run.
         uri: The MLflow store.
+        child: Its MLflow run where that is there already, as a trial's is: its sweep's run describes both.
     """
 
-    def __init__(self, ledger: Ledger, run_id: str, uri: str) -> None:
+    def __init__(self, ledger: Ledger, run_id: str, uri: str, child: MlflowRun | None = None) -> None:
         self._ledger = ledger
         self._run_id = run_id
         self._uri = uri
         self._client = client(uri)
+        self._child = child is not None
         self._uploaded: dict[str, str] = {}
-        self._mark = 0
+        self.mark = 0  # the last of the ledger's rows that are shown
         self._attempt = -1
         self._shown_end: str | None = None
         self.mlflow_run_id: str | None = None
+        if child is not None:
+            self._take_up(child)
 
     def step(self) -> bool:
         """Pushes all that is new; returns whether the run has ended and is shown whole.
@@ -106,13 +117,14 @@ class Relay:
         """
         run = self._ledger.run(self._run_id)  # before its rows: what a terminal run lacks is really absent
         if self.mlflow_run_id is None:
-            self.mlflow_run_id, self._mark = self._find_or_create(run)
+            self._find_or_create(run)
+        assert self.mlflow_run_id is not None
         if self._is_whole(run):
             return True
         if run.attempt != self._attempt and run.status == "running":
             self._client.update_run(self.mlflow_run_id, status="RUNNING")
             self._attempt = run.attempt
-        while rows := self._ledger.metrics_after(run.id, self._mark, BATCH):
+        while rows := self._ledger.metrics_after(run.id, self.mark, BATCH):
             self._push(rows)
         for artifact in self._lacking_files():
             folder = Path(artifact.name).parent.as_posix()
@@ -127,11 +139,11 @@ class Relay:
         """How many metrics and files the view still lacks."""
         if self._is_whole(self._ledger.run(self._run_id)):
             return 0
-        return self._ledger.count_after(self._run_id, self._mark) + len(self._lacking_files())
+        return self._ledger.count_after(self._run_id, self.mark) + len(self._lacking_files())
 
     def _is_whole(self, run: RunRow) -> bool:
         """Whether this end of the run is shown already, and no row has come since."""
-        return self._shown_end == _end(run) and not self._ledger.count_after(run.id, self._mark)
+        return self._shown_end == _end(run) and not self._ledger.count_after(run.id, self.mark)
 
     def _lacking_files(self) -> list[Artifact]:
         """The pictures and tables that this relay has not shown; checkpoints stay where they are."""
@@ -139,78 +151,42 @@ class Relay:
         return [a for a in files if self._uploaded.get(a.name) != a.sha256]
 
     def _push(self, rows: list[StoredRow]) -> None:
-        from mlflow.entities import Metric as View
-        from mlflow.entities import RunTag
-
         assert self.mlflow_run_id is not None
-        # MLflow's comparison page opens on the metric that came first: not one of the machine's.
-        finite = sorted((r for r in rows if r.special is None), key=lambda r: r.key.startswith(WALL_CLOCK))
-        marked = [r for r in rows if r.special is not None]
-        metrics = [View(_name(r.key), number(r), r.timestamp, r.step) for r in finite]
-        # NaN would take the run out of MLflow's comparison plots, so a non-finite value is shown as a mark.
-        metrics += [View(f"nonfinite/{_name(r.key)}", 1.0, r.timestamp, r.step) for r in marked]
-        tags = [RunTag(MARK, str(rows[-1].id))]
-        if marked:
-            tags.append(
-                RunTag("piste.nonfinite", f"{marked[-1].key} = {marked[-1].special} at {marked[-1].step}")
-            )
+        metrics, tags = shown_metrics(rows)
         self._client.log_batch(self.mlflow_run_id, metrics=metrics, tags=tags)
-        self._mark = rows[-1].id
+        self.mark = rows[-1].id
 
-    def _experiment(self, run: RunRow) -> str:
-        """The id of the run's experiment, made where it is missing."""
+    def _find_or_create(self, run: RunRow) -> None:
+        """Takes up the MLflow run that an earlier relay has made, or makes it."""
         name = run.config["tracking"]["experiment"]
-        found = self._client.get_experiment_by_name(name)
-        if found is None:
-            location = None
-            if urlsplit(self._uri).scheme == "sqlite":
-                location = str(Path(run.directory).parent.parent / "mlflow-artifacts" / quote(name))
-            try:
-                return self._client.create_experiment(name, artifact_location=location)
-            except Exception:
-                found = self._client.get_experiment_by_name(name)  # another relay was first
-                if found is None:
-                    raise
-        return str(found.experiment_id)
-
-    def _find_or_create(self, run: RunRow) -> tuple[str, int]:
-        """The MLflow run and its mark; what an earlier relay has shown whole is not shown again."""
-        experiment = self._experiment(run)
+        experiment = find_or_create_experiment(self._client, self._uri, name)
         found = self._client.search_runs([experiment], f"tags.`piste.run_id` = '{run.id}'", max_results=1)
         if found and MARK in found[0].data.tags:
-            shown = found[0].data.tags
-            self._shown_end = shown.get(WHOLE)
-            return found[0].info.run_id, int(shown[MARK])
+            self._take_up(found[0])
+            return
         if found:  # a relay was cut off before it had described the run
-            mlflow_run_id = found[0].info.run_id
+            self.mlflow_run_id = found[0].info.run_id
         else:
             start = int(run.created * 1000)
-            created = self._client.create_run(experiment, start_time=start, tags=tags(run), run_name=run.id)
-            mlflow_run_id = created.info.run_id
-        self._describe(mlflow_run_id, run)
-        return mlflow_run_id, 0
+            created = self._client.create_run(
+                experiment, start, tags(run, self._ledger.provenance(run)), run_name=run.id
+            )
+            self.mlflow_run_id = created.info.run_id
+        provenance = self._ledger.provenance(run)
+        describe(self._client, self.mlflow_run_id, run.config, run.directory, provenance)
+        self._client.set_tag(self.mlflow_run_id, MARK, "0")
 
-    def _describe(self, mlflow_run_id: str, run: RunRow) -> None:
-        from mlflow.entities import Param
-
-        from piste.provenance import environment
-
-        flat = flatten({k: v for k, v in run.config.items() if k != "tracking"})
-        parameters = [Param(key, str(value)[:6000]) for key, value in flat.items()]
-        for start in range(0, len(parameters), 100):
-            self._client.log_batch(mlflow_run_id, params=parameters[start : start + 100])
-        recipe = Path(run.directory) / "recipe.toml"
-        if recipe.exists():
-            self._client.log_artifact(mlflow_run_id, str(recipe))
-        self._client.log_text(mlflow_run_id, environment(), "environment.txt")
-        self._client.log_text(mlflow_run_id, json.dumps(run.provenance, indent=1), "provenance.json")
-        self._client.set_tag(mlflow_run_id, MARK, "0")
+    def _take_up(self, found: MlflowRun) -> None:
+        """Goes on where an earlier relay has ended; what it has shown whole is not shown again."""
+        self.mlflow_run_id = found.info.run_id
+        self._shown_end = found.data.tags.get(WHOLE)
+        self.mark = int(found.data.tags.get(MARK, 0))
 
     def _finish(self, run: RunRow) -> None:
         from piste.reporting import loss_curves
 
         assert self.mlflow_run_id is not None
-        if "train/loss" in self._ledger.keys(run.id):
+        if not self._child and "train/loss" in self._ledger.keys(run.id):
             picture = loss_curves(self._ledger, [run.id], Path(run.directory) / "loss.png")
             self._client.log_artifact(self.mlflow_run_id, str(picture))
         closing = {
@@ -236,9 +212,64 @@ def _end(run: RunRow) -> str:
     return f"{run.status} at attempt {run.attempt}"
 
 
-def tags(run: RunRow) -> dict[str, str]:
+def find_or_create_experiment(client: MlflowClient, uri: str, name: str) -> str:
+    """The id of an experiment, made where it is missing."""
+    found = client.get_experiment_by_name(name)
+    if found is None:
+        local = urlsplit(uri).scheme == "sqlite"
+        location = str(home() / "mlflow-artifacts" / quote(name)) if local else None
+        try:
+            return client.create_experiment(name, artifact_location=location)
+        except Exception:
+            found = client.get_experiment_by_name(name)  # another relay was first
+            if found is None:
+                raise
+    return str(found.experiment_id)
+
+
+def describe(
+    client: MlflowClient,
+    mlflow_run_id: str,
+    config: Mapping[str, Any],
+    directory: str,
+    provenance: Mapping[str, Any],
+) -> None:
+    """Gives an MLflow run its parameters, its recipe and where it comes from."""
+    from mlflow.entities import Param
+
+    from piste.provenance import environment
+
+    flat = flatten({k: v for k, v in config.items() if k != "tracking"})
+    parameters = [Param(key, str(value)[:6000]) for key, value in flat.items()]
+    for start in range(0, len(parameters), 100):
+        client.log_batch(mlflow_run_id, params=parameters[start : start + 100])
+    recipe = Path(directory) / "recipe.toml"
+    if recipe.exists():
+        client.log_artifact(mlflow_run_id, str(recipe))
+    client.log_text(mlflow_run_id, environment(), "environment.txt")
+    client.log_text(mlflow_run_id, json.dumps(provenance, indent=1), "provenance.json")
+
+
+def shown_metrics(rows: Sequence[StoredRow]) -> tuple[list[Any], list[Any]]:
+    """Rows of the ledger as MLflow's metrics, and the tags that say how far they go."""
+    from mlflow.entities import Metric as View
+    from mlflow.entities import RunTag
+
+    # MLflow's comparison page opens on the metric that came first: not one of the machine's.
+    finite = sorted((r for r in rows if r.special is None), key=lambda r: r.key.startswith(WALL_CLOCK))
+    marked = [r for r in rows if r.special is not None]
+    metrics = [View(metric_name(r.key), number(r), r.timestamp, r.step) for r in finite]
+    # NaN would take the run out of MLflow's comparison plots, so a non-finite value is shown as a mark.
+    metrics += [View(f"nonfinite/{metric_name(r.key)}", 1.0, r.timestamp, r.step) for r in marked]
+    tags = [RunTag(MARK, str(rows[-1].id))]
+    if marked:
+        last = marked[-1]
+        tags.append(RunTag("piste.nonfinite", f"{last.key} = {last.special} at {last.step}"))
+    return metrics, tags
+
+
+def tags(run: RunRow, origin: Mapping[str, Any]) -> dict[str, str]:
     """What identifies and describes a run in MLflow."""
-    origin = run.provenance
     git = origin.get("git", {})
     hardware = origin.get("hardware", {})
     named = {
@@ -274,7 +305,7 @@ def _note(run: RunRow) -> str:
     )
 
 
-def _name(key: str) -> str:
+def metric_name(key: str) -> str:
     """A metric's name in MLflow, which takes letters, digits and `_-. :/` alone."""
     name = posixpath.normpath(re.sub(r"[^\w\-. :/]", "_", key).replace("..", "_").strip("/"))
     return "_" if name == "." else name
@@ -323,13 +354,14 @@ def find_run(uri: str, run_id: str) -> tuple[str, str] | None:
     return (found[0].info.experiment_id, found[0].info.run_id) if found else None
 
 
-def sync(ledger: Ledger, run_ids: list[str]) -> dict[str, int]:
-    """Pushes what is pending of the runs, in this process; returns what remains for each."""
+def sync(ledger: Ledger, names: Iterable[tuple[Kind, str]]) -> dict[str, int]:
+    """Pushes what is pending of runs and sweeps, in this process; returns what remains for each."""
     remaining = {}
-    for run_id in run_ids:
-        relay = Relay(ledger, run_id, tracking_uri(ledger.run(run_id).config["tracking"]["uri"]))
+    for kind, name in names:
+        config = (ledger.sweeps.get(name) if kind == "sweep" else ledger.run(name)).config
+        relay = _relay(ledger, kind, name, tracking_uri(config["tracking"]["uri"]))
         relay.step()
-        remaining[run_id] = relay.pending()
+        remaining[name] = relay.pending()
     return remaining
 
 
@@ -343,17 +375,18 @@ def serve(uri: str, port: int) -> None:
 
 
 class RelayProcess:
-    """The relay of one run, as a process of its own that outlives an interrupt and drains.
+    """The relay of one run or sweep, as a process of its own that outlives an interrupt and drains.
 
     Args:
         ledger_url: Where the ledger is.
-        run_id: The run.
+        name: The run, or the sweep.
         uri: The MLflow store.
         log: A file for what it prints.
+        kind: Which of the two.
     """
 
-    def __init__(self, ledger_url: str, run_id: str, uri: str, log: Path) -> None:
-        command = [sys.executable, "-m", "piste.tracking", ledger_url, run_id, uri]
+    def __init__(self, ledger_url: str, name: str, uri: str, log: Path, kind: Kind = "run") -> None:
+        command = [sys.executable, "-m", "piste.tracking", ledger_url, kind, name, uri]
         with log.open("ab") as file:
             self._process = subprocess.Popen(
                 command,
@@ -382,8 +415,18 @@ class RelayProcess:
         self._process.returncode = 0  # not ours to reap any more
 
 
-def _follow(ledger_url: str, run_id: str, uri: str) -> dict[str, Any]:
-    """Relays until the run has ended and is shown, or the driver is gone and nothing is left to push."""
+def _relay(ledger: Ledger, kind: Kind, name: str, uri: str) -> Relay | SweepRelay:
+    from piste.sweep_tracking import SweepRelay
+
+    return SweepRelay(ledger, name, uri) if kind == "sweep" else Relay(ledger, name, uri)
+
+
+def _status(ledger: Ledger, kind: Kind, name: str) -> str:
+    return ledger.sweeps.get(name).status if kind == "sweep" else ledger.run(name).status
+
+
+def _follow(ledger_url: str, kind: Kind, name: str, uri: str) -> dict[str, Any]:
+    """Relays until all is shown that has ended, or the driver is gone and nothing is left to push."""
     os.nice(10)
     driver_gone = threading.Event()
 
@@ -393,11 +436,11 @@ def _follow(ledger_url: str, run_id: str, uri: str) -> dict[str, Any]:
 
     threading.Thread(target=until_the_driver_goes, daemon=True).start()
     ledger = Ledger(ledger_url)
-    relay: Relay | None = None
+    relay: Relay | SweepRelay | None = None
     give_up: float | None = None
     while True:
         try:
-            relay = relay or Relay(ledger, run_id, uri)
+            relay = relay or _relay(ledger, kind, name, uri)
             if relay.step():
                 break
             give_up = None
@@ -405,7 +448,7 @@ def _follow(ledger_url: str, run_id: str, uri: str) -> dict[str, Any]:
             print(f"{time.strftime('%H:%M:%S')} {type(error).__name__}: {error}", file=sys.stderr, flush=True)
         terminal = False
         with contextlib.suppress(PisteError):
-            terminal = ledger.run(run_id).status in TERMINAL
+            terminal = _status(ledger, kind, name) in TERMINAL
         ended = terminal or driver_gone.is_set()
         if ended:
             give_up = give_up or time.monotonic() + GRACE_SECONDS
@@ -416,9 +459,10 @@ def _follow(ledger_url: str, run_id: str, uri: str) -> dict[str, Any]:
         else:
             driver_gone.wait(POLL_SECONDS)
     found = relay.mlflow_run_id if relay else None
-    pending = relay.pending() if relay else ledger.count_after(run_id)
+    pending = relay.pending() if relay else None
     return {"mlflow_run_id": found, "pending": pending}
 
 
 if __name__ == "__main__":
-    print(json.dumps(_follow(*sys.argv[1:4])), flush=True)
+    url, kind, name, uri = sys.argv[1:5]
+    print(json.dumps(_follow(url, "sweep" if kind == "sweep" else "run", name, uri)), flush=True)

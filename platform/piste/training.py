@@ -14,7 +14,7 @@ import shutil
 import tempfile
 import threading
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -33,17 +33,23 @@ import ray
 import ray.train
 import torch
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError
-from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError, WorkerGroupError
+from ray.train import (
+    FailureConfig,
+    RunConfig,
+    ScalingConfig,
+    TrainingFailedError,
+    UserCallback,
+    WorkerGroupError,
+)
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from piste import catalog, tracking
 from piste.buffer import Send
 from piste.config import Recipe, Resources, validate
-from piste.errors import BadInput, PisteError
+from piste.errors import BadInput, PisteError, cause
 from piste.home import home
 from piste.ledger import Ledger, Message
-from piste.ledger import Run as RunRow
 from piste.preflight import check_resources, cpus
 from piste.workload import Run
 
@@ -51,25 +57,75 @@ WRITER_SECONDS = 30.0
 NAMESPACE = "piste"
 
 
-class _Writer:
+class Writer:
     """The only writer of a driver's runs, as an actor; every call may be repeated."""
 
     def __init__(self, url: str) -> None:
         self._ledger = Ledger(url)
-        self._failure: str | None = None
+        self._failures: dict[str, str] = {}
+        self._packs: dict[str, Any] = {}
 
     def apply(self, message: Message) -> int:
+        """Commits metrics; returns the acknowledgement."""
         return self._ledger.apply(message)
 
+    def job(self, run_id: str) -> dict[str, Any]:
+        """What a worker is told of a run that it is to compute; earlier failures are forgotten."""
+        self._failures.pop(run_id, None)
+        row = self._ledger.run(run_id)
+        return {
+            "run_id": row.id,
+            "attempt": row.attempt,
+            "config": row.config,
+            "directory": row.directory,
+            "created": row.created,
+            "home": str(home()),
+        }
+
     def begin_attempt(self, run_id: str) -> int:
+        """Begins the next attempt of a run; returns its number."""
         return self._ledger.begin_attempt(run_id)
 
-    def failure(self) -> str | None:
-        return self._failure
+    def failure(self, run_id: str) -> str | None:
+        """Why a run failed on its own account, if it did."""
+        return self._failures.get(run_id)
 
     def fail(self, run_id: str, message: str) -> None:
-        self._failure = message
+        """Records that a run failed on its own account."""
+        self._failures[run_id] = message
         self._ledger.set_status(run_id, "failed", message)
+
+    def finish(self, run_id: str) -> None:
+        """Records that a run has ended well."""
+        self._ledger.set_status(run_id, "finished")
+
+    def keep(self, name: str, work: Any) -> None:
+        """Keeps a pack until it is fetched."""
+        self._packs[name] = work
+
+    def pack(self, name: str) -> Any:
+        """A pack that is to be computed; None where one trial is."""
+        return self._packs.get(name)
+
+    def record(self, name: str, rows: Any) -> None:
+        """Records a computed pack, once, and forgets what it was made of."""
+        if self._packs.pop(name, None) is not None:
+            self._ledger.sweeps.record(*rows)
+
+
+def start_writer(url: str) -> Any:
+    """The writer of a ledger, on this driver's node."""
+    here = ray.get_runtime_context().get_node_id()
+    return (
+        ray.remote(Writer)
+        .options(
+            num_cpus=0,
+            max_restarts=-1,
+            max_task_retries=-1,
+            scheduling_strategy=NodeAffinitySchedulingStrategy(here, soft=False),
+        )
+        .remote(url)
+    )
 
 
 class RayRun(Run):
@@ -175,7 +231,7 @@ def preflight(config: Recipe, ledger_url: str) -> None:
         )
 
 
-def train(ledger: Ledger, run_id: str, config: Recipe, directory: Path) -> None:
+def train(ledger: Ledger, run_id: str, config: Recipe) -> None:
     """Runs the next attempt of a run on Ray Train and returns when it has ended.
 
     Raises:
@@ -185,60 +241,61 @@ def train(ledger: Ledger, run_id: str, config: Recipe, directory: Path) -> None:
     check_resources(config.resources)
     with cluster(config.resources):
         preflight(config, ledger.url)
-        here = ray.get_runtime_context().get_node_id()
-        writer: Any = (
-            ray.remote(_Writer)
-            .options(
-                num_cpus=0,
-                max_restarts=-1,
-                max_task_retries=-1,
-                scheduling_strategy=NodeAffinitySchedulingStrategy(here, soft=False),
-            )
-            .remote(ledger.url)
-        )
-        trainer = _trainer(ledger.run(run_id), config, directory, writer)
-        failure = _fit(trainer, ledger, run_id) or _ask(writer.failure.remote())
+        writer = start_writer(ledger.url)
+        job = ask(writer.job.remote(run_id))
+
+        def failed() -> str | None:
+            row = ledger.run(run_id)
+            return row.error if row.status == "failed" else None
+
+        failure = fit(job, config, writer, failed) or ask(writer.failure.remote(run_id))
         if failure is None:
             ray.kill(writer)  # else Ray Train may still ask it whether to go on
     if failure is not None:
         raise PisteError(failure)
 
 
-def _trainer(row: RunRow, config: Recipe, directory: Path, writer: Any) -> TorchTrainer:
-    resources = config.resources
+def fit(
+    job: Mapping[str, Any],
+    config: Recipe,
+    writer: Any,
+    failed: Callable[[], str | None],
+    callbacks: Sequence[UserCallback] = (),
+) -> str | None:
+    """Runs the next attempt of a run on Ray Train's workers.
+
+    Args:
+        job: From the writer's `job`.
+        config: The run's recipe.
+        writer: The writer's handle.
+        failed: Why the run has failed on its own account, asked twice a second: such a failure would come
+            again on every replacement, so it ends the run at once.
+        callbacks: Ray Train's, for a run that is a trial of Ray Tune.
+
+    Returns:
+        Why it failed, or None.
+    """
+    resources, directory = config.resources, Path(job["directory"])
     gpus = resources.gpus_per_worker
     per_worker = {"CPU": resources.cpus_per_worker, **({"GPU": gpus} if gpus else {})}
-    return TorchTrainer(
+    trainer = TorchTrainer(
         _work,
-        train_loop_config={
-            "run_id": row.id,
-            "config": config.model_dump(mode="json"),
-            "directory": str(directory),
-            "created": row.created,
-            "home": str(home()),
-            "writer": writer,
-        },
+        train_loop_config={**job, "writer": writer},
         torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=resources.workers, use_gpu=gpus > 0, resources_per_worker=per_worker
         ),
         run_config=RunConfig(
             # A new name: Ray Train resumes silently from an earlier run of the same one.
-            name=f"attempt-{row.attempt + 1}",
+            name=f"attempt-{job['attempt'] + 1}",
             storage_path=str(directory / "ray"),
             failure_config=FailureConfig(max_failures=resources.max_failures),
+            callbacks=list(callbacks),  # type: ignore[arg-type]
         ),
     )
-
-
-def _fit(trainer: TorchTrainer, ledger: Ledger, run_id: str) -> str | None:
-    """Runs `fit` in a thread, so that this one can be interrupted; returns why it failed, or None.
-
-    A failure that a worker has recorded would fail again on every replacement, so it ends the run at once.
-    """
     outcome: list[str | None] = []
 
-    def fit() -> None:
+    def run() -> None:
         try:
             trainer.fit()
             outcome.append(None)
@@ -248,13 +305,13 @@ def _fit(trainer: TorchTrainer, ledger: Ledger, run_id: str) -> str | None:
             line = str(error).strip().partition("\n")[0]
             outcome.append(f"Ray: {type(error).__name__}: {line}")
 
-    thread = threading.Thread(target=fit, name="piste-fit", daemon=True)
+    # In a thread, so that this one can be interrupted.
+    thread = threading.Thread(target=run, name="piste-fit", daemon=True)
     thread.start()
     while thread.is_alive():
         thread.join(0.5)
-        row = ledger.run(run_id)
-        if row.status == "failed":
-            return row.error
+        if (failure := failed()) is not None:
+            return failure
     return outcome[0]
 
 
@@ -267,16 +324,21 @@ def _reason(error: TrainingFailedError) -> str:
     return str(error).strip().splitlines()[-1]
 
 
-def _transport(writer: Any) -> Send:
+def transport(writer: Any) -> Send:
     """Delivers messages to the writer's actor, however often it is restarted."""
 
     def send(message: Message) -> int:
-        return int(_ask(writer.apply.remote(message)))
+        return int(ask(writer.apply.remote(message)))
 
     return send
 
 
-def _ask(reference: Any) -> Any:
+def ask(reference: Any) -> Any:
+    """The writer's answer.
+
+    Raises:
+        PisteError: It refuses, or does not answer in time.
+    """
     try:
         return ray.get(reference, timeout=WRITER_SECONDS)
     except RayTaskError as error:
@@ -290,16 +352,16 @@ def _work(job: Mapping[str, Any]) -> None:
     context = ray.train.get_context()
     rank, writer, run_id = context.get_world_rank(), job["writer"], job["run_id"]
     os.environ["PISTE_HOME"] = job["home"]  # a worker was started elsewhere, and maybe before it was set
-    if _ask(writer.failure.remote()) is not None:
+    if ask(writer.failure.remote(run_id)) is not None:
         return  # Ray Train would try again what has failed on its own account
     module = catalog.load_workload(job["config"]["workload"])
     config = validate(module.Config, job["config"], run_id)
-    attempt = int(_ask(writer.begin_attempt.remote(run_id))) if rank == 0 else 0
+    attempt = int(ask(writer.begin_attempt.remote(run_id))) if rank == 0 else 0
     run = RayRun(
         run_id,
         config,
         Path(job["directory"]),
-        _transport(writer),
+        transport(writer),
         attempt,
         rank=rank,
         world_size=context.get_world_size(),
@@ -311,12 +373,11 @@ def _work(job: Mapping[str, Any]) -> None:
         module.train(config, run)
         run.close()
     except Exception as error:
-        message = str(error) if isinstance(error, PisteError) else f"{type(error).__name__}: {error}"
         (Path(job["directory"]) / f"error-rank-{rank}.txt").write_text(
             traceback.format_exc(), encoding="utf-8"
         )
         if not _lost_a_peer(error):
-            _ask(writer.fail.remote(run_id, message.strip().partition("\n")[0]))
+            ask(writer.fail.remote(run_id, cause(error)))
         raise
 
 

@@ -93,8 +93,9 @@ class Run:
     ) -> None:
         """Logs metrics and, with a state, keeps a checkpoint: a collective of all ranks.
 
-        All earlier metrics are acknowledged before the checkpoint becomes visible, so what a checkpoint
-        has seen is durable. The states of the random generators are added to it.
+        All earlier metrics are acknowledged before the scheduler hears of them and before the checkpoint
+        becomes visible, so what a checkpoint has seen is durable. The states of the random generators are
+        added to it.
 
         Args:
             metrics: As for `log`.
@@ -107,9 +108,9 @@ class Run:
             CheckpointError: The checkpoint cannot be written.
         """
         self.log(metrics, step)
+        if self._buffer is not None:
+            self._buffer.flush()
         if checkpoint is not None:
-            if self._buffer is not None:
-                self._buffer.flush()
             random = {"random": _random_state(self.device)}
             state = {**checkpoint, "step": step} if self.rank == 0 else {}
             self._checkpoints.write(step, self.rank, {**state, **random})

@@ -293,7 +293,7 @@ def test_sync_pushes_what_is_pending(
         record(ledger, tmp_path, run_id, uri, some_rows(count))
         ledger.set_status(run_id, "finished")
     assert find_run(uri, "run-1") is None
-    assert sync(ledger, ["run-1", "run-2"]) == {"run-1": 0, "run-2": 0}
+    assert sync(ledger, [("run", "run-1"), ("run", "run-2")]) == {"run-1": 0, "run-2": 0}
     assert [len(shown(store, run_id)) for run_id in ("run-1", "run-2")] == [5, 7]
 
     def refuse(*_: object, **__: object) -> None:
@@ -304,13 +304,13 @@ def test_sync_pushes_what_is_pending(
     with monkeypatch.context() as patch:
         for method in ("log_batch", "log_artifact", "set_tag", "set_terminated"):
             patch.setattr(MlflowClient, method, refuse)
-        assert sync(ledger, ["run-1", "run-2"]) == {"run-1": 0, "run-2": 0}
+        assert sync(ledger, [("run", "run-1"), ("run", "run-2")]) == {"run-1": 0, "run-2": 0}
     ledger.apply(Message("run-1", 1, 1, (Row("late", 9, 1.0, 5),)))
-    assert sync(ledger, ["run-1"]) == {"run-1": 0}
+    assert sync(ledger, [("run", "run-1")]) == {"run-1": 0}
     assert len(shown(store, "run-1")) == 6
     ledger.begin_attempt("run-1")
     ledger.set_status("run-1", "failed", "it fell")
-    sync(ledger, ["run-1"])
+    sync(ledger, [("run", "run-1")])
     assert tags_of(uri, "run-1")["piste.status"] == "failed"
 
 
@@ -318,12 +318,12 @@ def test_sync_pushes_what_is_pending(
 def test_any_metrics_name_is_one_that_mlflow_takes(key: str) -> None:
     from mlflow.utils.validation import _validate_metric_name
 
-    _validate_metric_name(tracking._name(key))  # type: ignore[no-untyped-call]
+    _validate_metric_name(tracking.metric_name(key))  # type: ignore[no-untyped-call]
 
 
 def test_ordinary_names_stay_as_they_are() -> None:
     for name in ("train/loss", "time/step seconds", "a.b-c_d:e"):
-        assert tracking._name(name) == name
+        assert tracking.metric_name(name) == name
 
 
 def free_port() -> int:

@@ -21,7 +21,9 @@ from piste.ledger.tables import (
     StoredRow,
     Sweep,
     TrialRecord,
+    metric_columns,
     number,
+    stored,
 )
 
 __all__ = [
@@ -38,8 +40,10 @@ __all__ = [
     "Sweep",
     "TrialRecord",
     "default_url",
+    "metric_columns",
     "number",
     "open_ledger",
+    "stored",
 ]
 
 

@@ -22,7 +22,7 @@ from piste.ledger.tables import (
     Run,
     StoredRow,
     Sweep,
-    columns,
+    metric_columns,
     number,
     stored,
 )
@@ -97,7 +97,7 @@ class Runs(Database):
         for row in message.rows:
             rows.setdefault((row.key, row.step), row)
         statement = self.insert(Metric).on_conflict_do_nothing(index_elements=["run_id", "key", "step"])
-        result = connection.execute(statement, [columns(message.run_id, row) for row in rows.values()])
+        result = connection.execute(statement, [metric_columns(message.run_id, row) for row in rows.values()])
         if result.rowcount == len(rows):
             return 0
         kept = connection.execute(
@@ -135,9 +135,10 @@ class Runs(Database):
         return exact[0]
 
     def runs(self, limit: int | None = None) -> list[Run]:
-        """The newest runs first."""
+        """The newest runs first, without those of sweeps."""
+        query = select(Run).where(Run.sweep_id.is_(None)).order_by(Run.created.desc())
         with self.explained(), Session(self.engine) as session:
-            return list(session.scalars(select(Run).order_by(Run.created.desc()).limit(limit)))
+            return list(session.scalars(query.limit(limit)))
 
     def metrics_after(self, run_id: str, high_water_mark: int, limit: int) -> list[StoredRow]:
         """The run's next metrics behind a high-water mark, in the order of their commit."""

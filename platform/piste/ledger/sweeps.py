@@ -96,6 +96,13 @@ class Sweeps:
             statement = update(Trial).where(Trial.sweep_id == sweep_id, Trial.number == trial)
             connection.execute(statement.values(values))
 
+    def replace_run(self, sweep_id: str, trial: int, run: dict[str, Any]) -> None:
+        """Gives a trial another run; the first stays in the ledger."""
+        with self._database.writing() as connection:
+            connection.execute(insert(Run), [run])
+            statement = update(Trial).where(Trial.sweep_id == sweep_id, Trial.number == trial)
+            connection.execute(statement.values(run_id=run["id"]))
+
     # -- reading ------------------------------------------------------------------------------------
 
     def get(self, sweep_id: str) -> Sweep:
@@ -119,19 +126,18 @@ class Sweeps:
         with self._database.explained(), Session(self._database.engine) as session:
             return list(session.scalars(query))
 
-    def trials(self, sweep_id: str, ended_after: float | None = None) -> list[TrialRecord]:
-        """A sweep's trials in the order of their numbers.
-
-        Args:
-            sweep_id: The sweep.
-            ended_after: Only those whose runs ended later than this time.
-        """
+    def trials(self, sweep_id: str) -> list[TrialRecord]:
+        """A sweep's trials in the order of their numbers."""
         columns = [getattr(Trial, name) for name in _TRIAL] + [getattr(Run, name) for name in _RUN]
         query = select(*columns).join(Run, Run.id == Trial.run_id).where(Trial.sweep_id == sweep_id)
-        if ended_after is not None:
-            query = query.where(Run.finished > ended_after)
         with self._database.reading() as connection:
             return [_record(row) for row in connection.execute(query.order_by(Trial.number))]
+
+    def count(self, sweep_id: str) -> int:
+        """How many trials a sweep has."""
+        query = select(func.count()).where(Trial.sweep_id == sweep_id)
+        with self._database.reading() as connection:
+            return int(connection.execute(query).scalar_one())
 
     def reusable(self, identities: Sequence[str], metric: str) -> dict[str, tuple[str, int, float]]:
         """Finished runs that are the same trial: `{identity: (run id, last step, last value of metric)}`."""

@@ -212,7 +212,7 @@ def stored(value: float) -> tuple[float | None, str | None]:
     return (value, None) if math.isfinite(value) else (None, str(value))
 
 
-def columns(run_id: str, row: Row) -> dict[str, Any]:
+def metric_columns(run_id: str, row: Row) -> dict[str, Any]:
     """A metric's columns."""
     value, special = stored(row.value)
     return {

@@ -1,0 +1,329 @@
+"""Sweeps: planned, executed here or on Ray Tune, resumed, extended."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import traceback
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from piste import catalog, packing, provenance, tracking
+from piste.building import check_optimizer
+from piste.config import Recipe, override, to_toml, validate
+from piste.errors import BadInput, cause
+from piste.home import home
+from piste.ledger import Ledger, TrialRecord, open_ledger
+from piste.running import load_recipe
+from piste.schedule import Schedule
+from piste.search import suggest, sweep_key
+from piste.space import Sweep
+from piste.trials import Work, better, compute_pack
+
+Tell = Callable[[Literal["started", "ended"], Work], None]
+# Draws that look for a point where a conditional entry holds.
+DRAWS = 20
+
+
+class SweepObserver(Protocol):
+    """Follows a sweep while it computes."""
+
+    def sweep(self, schedule: Schedule) -> AbstractContextManager[Tell]:
+        """A context that gives a function to call when work has started or ended."""
+
+
+class _Silent:
+    def sweep(self, schedule: Schedule) -> AbstractContextManager[Tell]:
+        return nullcontext(lambda event, work: None)
+
+
+@dataclass(frozen=True)
+class SweepResult:
+    """A sweep that has ended.
+
+    Attributes:
+        id: The sweep's id.
+        status: `finished`, `failed` or `interrupted`.
+        reason: Why it ended before all its trials, where it did.
+        trials: Its trials in the order of their numbers.
+        section: Its `[sweep]`.
+        best: The trial with the best objective; None where none finished.
+        mlflow_run_id: The MLflow run that shows it; None where the tracking server could not be reached.
+        pending: Trials that MLflow still lacks; `piste sync` pushes them.
+        directory: The sweep's folder.
+    """
+
+    id: str
+    status: str
+    reason: str | None
+    trials: list[TrialRecord]
+    section: Sweep
+    best: TrialRecord | None
+    mlflow_run_id: str | None
+    pending: int | None
+    directory: Path
+
+
+def sweep(
+    recipe: str | Path | Recipe,
+    *,
+    local: bool = False,
+    fresh: bool = False,
+    observer: SweepObserver | None = None,
+    **overrides: Any,
+) -> SweepResult:
+    """Runs a recipe's sweep to its end.
+
+    Args:
+        recipe: A name, a path or a loaded recipe with a `[sweep]`.
+        local: In this process, one after the other, without Ray.
+        fresh: Computes again what an identical finished run has computed.
+        observer: Shows progress.
+        **overrides: Fields to set; a double underscore stands for the dot (`sweep__trials=24`).
+
+    Raises:
+        BadInput: Before anything is recorded.
+        PisteError: The sweep failed; it is recorded and can be resumed. A trial that fails does not.
+    """
+    dotted = {key.replace("__", "."): value for key, value in overrides.items()}
+    if isinstance(recipe, Recipe):
+        recipe_name, table = recipe.workload, override(recipe.model_dump(), dotted)
+        config = validate(type(recipe), table, recipe_name)
+    else:
+        recipe_name, config = Path(recipe).stem, load_recipe(recipe, dotted)
+    ledger = open_ledger()
+    return execute_sweep(
+        ledger, plan_sweep(ledger, recipe_name, config), local=local, fresh=fresh, observer=observer
+    )
+
+
+def plan_sweep(ledger: Ledger, name: str, config: Recipe) -> str:
+    """Checks a sweep and records it as planned; returns its id.
+
+    Raises:
+        BadInput: The recipe has no `[sweep]`, or its space has points that no run can start from.
+    """
+    section = checked_section(name, config)
+    tracking.check(tracking.tracking_uri(config.tracking.uri))
+    module = catalog.load_workload(config.workload)
+    data = module.prepare_data(config) if hasattr(module, "prepare_data") else ""
+    code = provenance.code_version(provenance.code_packages(config))
+    sweep_id = f"{name}-sweep-{secrets.token_hex(3)}"
+    directory = home() / "sweeps" / sweep_id
+    try:
+        directory.mkdir(parents=True)
+        (directory / "recipe.toml").write_text(to_toml(config), encoding="utf-8")
+    except OSError as error:
+        raise BadInput(
+            f"{directory}: {error.strerror}: set PISTE_HOME to a place that can be written"
+        ) from None
+    ledger.sweeps.create(
+        id=sweep_id,
+        recipe=name,
+        workload=config.workload,
+        config=config.model_dump(mode="json", by_alias=True),
+        provenance=provenance.collect(code, data),
+        directory=str(directory),
+        trials=None if section.cells is None else section.cells * section.repeats,
+    )
+    return sweep_id
+
+
+def checked_section(name: str, config: Recipe) -> Sweep:
+    """The recipe's `[sweep]`, every value of its space tried on the recipe.
+
+    Raises:
+        BadInput: There is none, or a value does not fit; the message says which.
+    """
+    section = config.sweep
+    if section is None:
+        raise BadInput(f"{name}: no [sweep]: add one, or use `piste run {name}`")
+    base = override(config.model_dump(mode="json", exclude={"sweep"}), section.constants)
+    key = sweep_key(section, config.seed)
+    independent = section.model_copy(update={"searcher": "random", "bisect": None})
+    tried = {"": [None]} | {name: _values_to_try(section, name) for name in section.entries}
+    for entry, values in tried.items():
+        for value in values:
+            for draw in range(max(DRAWS, len(independent.strata))):
+                point = suggest(independent, key, draw, [])
+                assert point is not None
+                if entry == "" or entry in point.values:
+                    chosen = {**point.values, **({} if value is None else {entry: value})}
+                    _check_point(config, override(base, chosen), name, chosen)
+                    break
+    return section
+
+
+def _values_to_try(section: Sweep, name: str) -> list[Any]:
+    """All values of a finite entry, both ends of a bisected one; else whatever is drawn (None)."""
+    entry = section.entries[name]
+    if entry.integer is not None or section.searcher == "bisect":
+        return list(entry.integer or entry.log_uniform or entry.uniform or entry.finite or ())
+    return list(entry.finite or (None,))
+
+
+def _check_point(config: Recipe, table: Mapping[str, Any], name: str, chosen: Mapping[str, Any]) -> None:
+    try:
+        check_optimizer(validate(type(config), table, name).optimizer)
+    except BadInput as error:
+        point = ", ".join(f"{key} = {value}" for key, value in chosen.items())
+        raise BadInput(f"{error} (at {point})") from error
+
+
+def execute_sweep(
+    ledger: Ledger,
+    sweep_id: str,
+    *,
+    local: bool,
+    fresh: bool = False,
+    observer: SweepObserver | None = None,
+) -> SweepResult:
+    """Runs what a planned or interrupted sweep still lacks, with its relay beside it.
+
+    Raises:
+        PisteError: The sweep failed. KeyboardInterrupt passes through; the sweep is marked interrupted.
+    """
+    row = ledger.sweeps.get(sweep_id)
+    module = catalog.load_workload(row.workload)
+    config: Recipe = validate(module.Config, row.config, sweep_id)
+    uri = tracking.tracking_uri(config.tracking.uri)
+    ledger.sweeps.claim(row.id, f"{os.uname().nodename}:{os.getpid()}")
+    relay = tracking.RelayProcess(ledger.url, row.id, uri, Path(row.directory) / "relay.log", "sweep")
+    schedule = Schedule(ledger, row, fresh)
+
+    def end(status: str, reason: str | None) -> None:
+        ledger.sweeps.end(row.id, status, schedule.counts.seconds, reason)
+
+    try:
+        with (observer or _Silent()).sweep(schedule) as tell:
+            if local:
+                _run_here(schedule, tell)
+            else:
+                from piste import tuning
+
+                tuning.run(schedule, config.resources, tell)
+        end("finished", schedule.stopped_by())
+    except KeyboardInterrupt:
+        end("interrupted", "interrupted by the user")
+        relay.detach()
+        raise
+    except BaseException as error:
+        text = "".join(traceback.format_exception(error))
+        (Path(row.directory) / "error.txt").write_text(text, encoding="utf-8")
+        end("failed", cause(error))
+        relay.finish()
+        raise
+    return sweep_result(ledger, row.id, relay.finish())
+
+
+def sweep_result(ledger: Ledger, sweep_id: str, shown: Mapping[str, Any] | None = None) -> SweepResult:
+    """What the ledger knows of a sweep."""
+    row = ledger.sweeps.get(sweep_id)
+    section = Sweep.model_validate(row.config["sweep"])
+    trials = ledger.sweeps.trials(row.id)
+    best: TrialRecord | None = None
+    for trial in trials:
+        if trial.outcome == "finished" and better(section, trial.value, best.value if best else None):
+            best = trial
+    return SweepResult(
+        id=row.id,
+        status=row.status,
+        reason=row.error,
+        trials=trials,
+        section=section,
+        best=best,
+        mlflow_run_id=(shown or {}).get("mlflow_run_id"),
+        pending=(shown or {}).get("pending"),
+        directory=Path(row.directory),
+    )
+
+
+def resume_sweep(
+    sweep_id: str,
+    *,
+    local: bool = False,
+    fresh: bool = False,
+    extend: int = 0,
+    observer: SweepObserver | None = None,
+) -> SweepResult:
+    """Runs what a sweep still lacks.
+
+    Args:
+        sweep_id: The sweep.
+        local: In this process, without Ray.
+        fresh: As for `sweep`.
+        extend: So many trials more than it was to have.
+        observer: Shows progress.
+
+    Raises:
+        BadInput: It lacks nothing, its driver is alive, or it cannot be extended by that number.
+    """
+    ledger = open_ledger()
+    return execute_sweep(
+        ledger, resumable_sweep(ledger, sweep_id, extend), local=local, fresh=fresh, observer=observer
+    )
+
+
+def resumable_sweep(ledger: Ledger, sweep_id: str, extend: int = 0) -> str:
+    """The full id of a sweep that lacks trials, extended where that is asked for.
+
+    Raises:
+        BadInput: It lacks nothing, or cannot be extended by that number.
+    """
+    row = ledger.sweeps.get(sweep_id)
+    if extend:
+        if row.trials is None or row.config["sweep"]["searcher"] == "grid":
+            raise BadInput(
+                f"{row.id}: the searcher {row.config['sweep']['searcher']!r} decides how many trials"
+            )
+        config = override(row.config, {"sweep.trials": row.trials + extend})
+        validate(catalog.load_workload(row.workload).Config, config, row.id)
+        ledger.sweeps.extend(row.id, row.trials + extend, config)
+    elif row.status == "finished":
+        raise BadInput(f"{row.id} has finished: `piste sweep --resume {row.id} --extend N` adds trials")
+    return row.id
+
+
+# -- in this process --------------------------------------------------------------------------------
+
+
+def _run_here(schedule: Schedule, tell: Tell) -> None:
+    """Runs one work after the other until the sweep has ended."""
+    sizer = packing.PackSizer()
+    while (work := schedule.next(sizer.size)) is not None:
+        tell("started", work)
+        if work.packed:
+            try:
+                rows, measured = compute_pack(schedule.section, work)
+            except Exception as error:
+                schedule.settle(work, cause(error))
+            else:
+                schedule.ledger.sweeps.record(*rows)
+                sizer.learn(measured)
+                schedule.settle(work, seconds=sum(each.seconds for each in measured))
+        else:
+            _run_one(schedule.ledger, work)
+            schedule.settle(work)
+        tell("ended", work)
+
+
+def _run_one(ledger: Ledger, work: Work) -> None:
+    """One trial's run; what it fails of stands in the ledger."""
+    from piste.workload import local_run
+
+    row = ledger.run(work.trials[0].run_id)
+    (config,) = work.configs
+    assert config is not None
+    here = local_run(row.id, config, Path(row.directory), ledger)
+    try:
+        try:
+            catalog.load_workload(row.workload).train(config, here)
+        finally:
+            here.close()
+    except Exception as error:
+        ledger.set_status(row.id, "failed", cause(error))
+    else:
+        ledger.set_status(row.id, "finished")

@@ -1,0 +1,291 @@
+"""Ray Tune: the trials of a sweep on a cluster.
+
+Tune's searcher is an adapter: what comes next and what came of it is the schedule's to say, and the schedule
+has it from the ledger. A trial of one process runs in an actor that the next trial uses again; a trial of
+several workers is a function that drives a Ray Train run. A trial's failure is recorded and never Tune's.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+# Read by Ray when it is imported or started.
+for _key, _value in {
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # the ledger has it all
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
+    "TUNE_GLOBAL_CHECKPOINT_S": "3600",  # Tune's own state is not what a sweep is resumed from
+    "TUNE_WARN_THRESHOLD_S": "30",
+    "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
+    "RAY_AIR_NEW_OUTPUT": "0",
+}.items():
+    os.environ.setdefault(_key, _value)
+
+from piste import training
+
+# isort: split
+import ray
+from ray import tune
+from ray.tune.integration.ray_train import TuneReportCallback
+from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
+from ray.tune.search import Searcher
+
+from piste import catalog, packing
+from piste.config import Recipe, Resources, validate
+from piste.errors import BadInput, PisteError, cause
+from piste.schedule import Schedule
+from piste.space import Sweep
+from piste.sweeping import Tell
+from piste.trials import Work, compute_pack
+from piste.workload import Run
+
+OBJECTIVE, STEP = "objective", "step"
+
+
+def run(schedule: Schedule, resources: Resources, tell: Tell) -> None:
+    """Executes a sweep on the recipe's cluster, or on a local Ray.
+
+    Args:
+        schedule: The sweep.
+        resources: What one trial gets.
+        tell: Called when work has started or ended.
+
+    Raises:
+        BadInput: The resources cannot be had.
+        PisteError: Tune itself failed.
+    """
+    with training.cluster(resources):
+        fits = capacity(schedule.section, resources)
+        writer = training.start_writer(schedule.ledger.url)
+        searcher = _LedgerSearcher(schedule, writer, tell)
+        folder = Path(schedule.ledger.sweeps.get(schedule.sweep_id).directory) / "tune"
+        os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(fits)
+        distributed = resources.workers > 1
+        trial = _distributed if distributed else _alone
+        needs = _needs(resources, distributed)
+        tuner = tune.Tuner(
+            tune.with_resources(tune.with_parameters(trial, writer=writer, section=schedule.section), needs),
+            tune_config=tune.TuneConfig(
+                search_alg=searcher,
+                scheduler=_scheduler(schedule),
+                num_samples=-1,
+                max_concurrent_trials=fits,
+                # What drives a Ray Train run may leave workers behind, which end with its process.
+                reuse_actors=not distributed,
+                trial_name_creator=lambda made: made.config["run"],
+                trial_dirname_creator=lambda made: made.trial_id,
+            ),
+            run_config=tune.RunConfig(name="session", storage_path=str(folder), verbose=0),
+        )
+        try:
+            _fit(tuner)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+        if searcher.failure is not None:
+            raise searcher.failure
+
+
+def capacity(section: Sweep, resources: Resources) -> int:
+    """How many trials the connected cluster holds at a time.
+
+    Raises:
+        BadInput: None, or fewer than `sweep.concurrency`.
+    """
+    total: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    each = {
+        "CPU": resources.workers * resources.cpus_per_worker,
+        "GPU": resources.workers * resources.gpus_per_worker,
+    }
+    fits = min(math.floor(total.get(kind, 0.0) / amount) for kind, amount in each.items() if amount > 0)
+    wanted = section.concurrency or max(fits, 1)
+    if wanted > fits:
+        kind = min((k for k in each if each[k] > 0), key=lambda k: total.get(k, 0.0) / each[k])
+        asked = f"{wanted} trials x {each[kind]:g} {kind}s = {wanted * each[kind]:g} {kind}s"
+        raise BadInput(
+            f"sweep.concurrency: {asked}, but "
+            f"the cluster has {total.get(kind, 0.0):g}: lower it, or the resources of a trial"
+        )
+    return wanted
+
+
+def _needs(resources: Resources, distributed: bool) -> dict[str, float]:
+    """What Tune reserves for a trial; a driver of a Ray Train run has its workers reserved by that."""
+    if distributed:
+        return {"memory": 1}  # a byte: Tune refuses to reserve nothing
+    gpus = resources.gpus_per_worker
+    return {"cpu": resources.cpus_per_worker, **({"gpu": gpus} if gpus else {})}
+
+
+def _scheduler(schedule: Schedule) -> TrialScheduler:
+    section = schedule.section
+    if section.scheduler == "asha":
+        # Never reached: a trial that comes to its end is to end by itself.
+        steps = schedule.total_steps + 1
+        return ASHAScheduler(
+            time_attr=STEP,
+            metric=OBJECTIVE,
+            mode=section.mode,
+            max_t=steps,
+            grace_period=min(section.asha.grace_steps, steps),
+            reduction_factor=section.asha.reduction_factor,
+        )
+    if section.scheduler == "median":
+        return MedianStoppingRule(
+            time_attr=STEP, metric=OBJECTIVE, mode=section.mode, grace_period=section.asha.grace_steps
+        )
+    return FIFOScheduler()  # type: ignore[no-untyped-call]
+
+
+def _fit(tuner: tune.Tuner) -> None:
+    """Runs `fit` in a thread, so that this one can be interrupted."""
+    failure: list[BaseException] = []
+
+    def fit() -> None:
+        try:
+            tuner.fit()
+        except Exception as error:
+            failure.append(error)
+
+    thread = threading.Thread(target=fit, name="piste-tune", daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(0.5)
+    if failure:
+        raise PisteError(f"Ray Tune: {str(failure[0]).strip().splitlines()[-1]}") from failure[0]
+
+
+class _LedgerSearcher(Searcher):
+    """Hands Tune what the schedule says.
+
+    Args:
+        schedule: The sweep.
+        writer: The ledger's writer, which keeps what the trials' processes are told.
+        tell: Called when work has started or ended.
+    """
+
+    def __init__(self, schedule: Schedule, writer: Any, tell: Tell) -> None:
+        super().__init__(metric=OBJECTIVE, mode=schedule.section.mode)
+        self._schedule = schedule
+        self._writer = writer
+        self._tell = tell
+        self._sizer = packing.PackSizer()
+        self._work: dict[str, Work] = {}
+        self.failure: Exception | None = None
+
+    def suggest(self, trial_id: str) -> Any:
+        """The next trial or pack; None where all that can be suggested now is running."""
+        try:
+            work = None if self.failure else self._schedule.next(self._sizer.size)
+            if work is None:
+                return Searcher.FINISHED if self.failure or self._schedule.ended else None
+            name = work.trials[0].run_id
+            if work.packed:
+                training.ask(self._writer.keep.remote(name, work))
+            self._work[trial_id] = work
+            self._tell("started", work)
+            return {"run": name}
+        except Exception as error:
+            self.failure = error
+            return Searcher.FINISHED
+
+    def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:
+        """Takes note that a trial's process has ended it, or has died."""
+        work = self._work.pop(trial_id)
+        told = result or {}
+        measured = [packing.Measurement(*each) for each in told.get("measured", ())]
+        failure = "its process died" if error else told.get("failure")
+        try:
+            self._sizer.learn(measured)
+            self._schedule.settle(work, failure, sum(each.seconds for each in measured))
+            self._tell("ended", work)
+        except Exception as broken:
+            self.failure = broken
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing: the ledger has it."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Nothing: the ledger has it."""
+
+
+class _TuneRun(Run):
+    """A workload's `Run` in a trial of one process."""
+
+    objective = ""
+
+    def _exchange(self, metrics: dict[str, float], step: int) -> None:
+        if self.objective in metrics:
+            tune.report({OBJECTIVE: metrics[self.objective], STEP: step})
+
+
+class _Report(TuneReportCallback):
+    """Passes the objective of a Ray Train run on to Tune."""
+
+    def __init__(self, objective: str) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._objective = objective
+
+    def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
+        """Called by Ray Train's controller with what every rank has reported."""
+        if self._objective in metrics[0]:
+            value, step = metrics[0][self._objective], metrics[0][STEP]
+            super().after_report(run_context, [{OBJECTIVE: value, STEP: step}], None)
+
+
+def _alone(trial: Mapping[str, Any], writer: Any, section: Sweep) -> None:
+    """A trial of one process, or a pack; what it fails of stands in the ledger."""
+    name = trial["run"]
+    pack = training.ask(writer.pack.remote(name))
+    if pack is not None:
+        _packed(name, pack, writer, section)
+        return
+    job = training.ask(writer.job.remote(name))
+    os.environ["PISTE_HOME"] = job["home"]
+    try:
+        module = catalog.load_workload(job["config"]["workload"])
+        config: Recipe = validate(module.Config, job["config"], name)
+        attempt = training.ask(writer.begin_attempt.remote(name))
+        send, folder = training.transport(writer), Path(job["directory"])
+        run = _TuneRun(name, config, folder, send, attempt, created=job["created"])
+        run.objective = section.metric
+        try:
+            module.train(config, run)
+        finally:
+            run.close()
+    except Exception as error:
+        training.ask(writer.fail.remote(name, cause(error)))
+    else:
+        training.ask(writer.finish.remote(name))
+
+
+def _packed(name: str, pack: Work, writer: Any, section: Sweep) -> None:
+    try:
+        rows, measured = compute_pack(section, pack)
+        training.ask(writer.record.remote(name, rows))
+        tune.report({"measured": [tuple(each) for each in measured]})
+    except Exception as error:
+        tune.report({"failure": cause(error)})
+
+
+def _distributed(trial: Mapping[str, Any], writer: Any, section: Sweep) -> None:
+    """A trial of several workers: drives its Ray Train run."""
+    name = trial["run"]
+    job = training.ask(writer.job.remote(name))
+    os.environ["PISTE_HOME"] = job["home"]
+    module = catalog.load_workload(job["config"]["workload"])
+    config: Recipe = validate(module.Config, job["config"], name)
+
+    def failed() -> str | None:
+        answer: str | None = training.ask(writer.failure.remote(name))
+        return answer
+
+    failure = training.fit(job, config, writer, failed, [_Report(section.metric)]) or failed()
+    if failure is None:
+        training.ask(writer.finish.remote(name))
+    else:
+        training.ask(writer.fail.remote(name, failure))
