@@ -96,8 +96,9 @@ class Schedule:
         Args:
             most: The most trials of a pack.
         """
-        if not self._queue and not self._exhausted():
-            self._plan(most)
+        # What is planned may all be there already.
+        while not self._queue and not self._exhausted() and self._plan(most):
+            pass
         if not self._queue:
             return None
         work = self._queue.popleft()
@@ -215,8 +216,8 @@ class Schedule:
             first = place // self.section.batch * self.section.batch
         return self._closed_places(stratum) >= first
 
-    def _plan(self, most: int) -> None:
-        """Suggests cells and puts their trials into the queue: one cell, or as many as fill a pack."""
+    def _plan(self, most: int) -> bool:
+        """Suggests one cell, or as many as fill a pack, and queues their trials; returns whether it could."""
         planned: list[Planned] = []
         while len(planned) < (most if self.packable else 1):
             cell = next(self._ready(), None)
@@ -230,6 +231,7 @@ class Schedule:
                 self._add(trial)
                 planned.append(self._planner.resolve(trial))
         self._enqueue(planned)
+        return bool(planned)
 
     def _enqueue(self, planned: Sequence[Planned]) -> None:
         """Records trials and queues what is to be computed of them; packs are recorded with their results."""

@@ -32,6 +32,7 @@ from piste import training
 import ray
 from ray import tune
 from ray.tune.integration.ray_train import TuneReportCallback
+from ray.tune.progress_reporter import TrialProgressCallback
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
 from ray.tune.search import Searcher
 
@@ -80,7 +81,9 @@ def run(schedule: Schedule, resources: Resources, tell: Tell) -> None:
                 trial_name_creator=lambda made: made.config["run"],
                 trial_dirname_creator=lambda made: made.trial_id,
             ),
-            run_config=tune.RunConfig(name="session", storage_path=str(folder), verbose=0),
+            run_config=tune.RunConfig(
+                name="session", storage_path=str(folder), verbose=0, callbacks=[_Quiet()]
+            ),
         )
         try:
             _fit(tuner)
@@ -159,6 +162,16 @@ def _fit(tuner: tune.Tuner) -> None:
         raise PisteError(f"Ray Tune: {str(failure[0]).strip().splitlines()[-1]}") from failure[0]
 
 
+class _Quiet(TrialProgressCallback):
+    """Takes the place of Tune's own, which prints a line a trial."""
+
+    def log_result(self, trial: Any, result: Any, error: bool = False) -> None:
+        """Nothing."""
+
+    def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
+        """Nothing."""
+
+
 class _LedgerSearcher(Searcher):
     """Hands Tune what the schedule says.
 
@@ -205,6 +218,10 @@ class _LedgerSearcher(Searcher):
             self._tell("ended", work)
         except Exception as broken:
             self.failure = broken
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Nothing that Tune would want to keep: the ledger has it."""
+        return {}
 
     def save(self, checkpoint_path: str) -> None:
         """Nothing: the ledger has it."""
