@@ -30,7 +30,7 @@ def build_optimizer(section: Optimizer, model: torch.nn.Module) -> torch.optim.O
         BadInput: A keyword that the optimizer does not take, a value that it refuses, a group's pattern
             that matches nothing.
     """
-    return _build(section, _groups(section, model), _group_options(section))
+    return _build(section, parameter_groups(section, model), _group_options(section))
 
 
 def _build(section: Optimizer, groups: Groups, group_options: Set[str]) -> torch.optim.Optimizer:
@@ -56,14 +56,21 @@ def _build(section: Optimizer, groups: Groups, group_options: Set[str]) -> torch
 def check_optimizer(section: Optimizer) -> None:
     """Builds the optimizer for a small model, so that a bad recipe fails before anything starts."""
     model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
-    _build(section, _groups(section.model_copy(update={"groups": ()}), model), _group_options(section))
+    _build(
+        section, parameter_groups(section.model_copy(update={"groups": ()}), model), _group_options(section)
+    )
 
 
 def _group_options(section: Optimizer) -> set[str]:
     return {key for group in section.groups for key in group.options}
 
 
-def _groups(section: Optimizer, model: torch.nn.Module) -> Groups:
+def parameter_groups(section: Optimizer, model: torch.nn.Module) -> Groups:
+    """The parameter groups that a recipe's optimizer has for a model.
+
+    Raises:
+        BadInput: A group's pattern matches nothing, or a parameter no pattern.
+    """
     if section.groups:
         return _matched_groups(section, model)
     innermost = section

@@ -26,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options, rest = parser.parse_known_args(arguments)
     try:
         fields = _fields(rest)
-        if fields and options.command not in {"run", "call"}:
+        if fields and options.command not in {"run", "sweep", "call"}:
             raise BadInput(f"{options.command} takes no --{next(iter(fields))}")
         return int(options.act(options, fields) or 0)
     except KeyboardInterrupt:
@@ -73,7 +73,7 @@ def _parser() -> argparse.ArgumentParser:
         return made
 
     listing = add("ls", _ls, "what there is: workloads, optimizers, recipes, runs")
-    listing.add_argument("kind", nargs="?", choices=["workloads", "optimizers", "recipes", "runs"])
+    listing.add_argument("kind", nargs="?", choices=["workloads", "optimizers", "recipes", "runs", "sweeps"])
     running = add(
         "run",
         _run,
@@ -82,6 +82,17 @@ def _parser() -> argparse.ArgumentParser:
     )
     running.add_argument("recipes", nargs="+", metavar="RECIPE")
     running.add_argument("--show", action="store_true", help="print the resolved recipe and stop")
+    sweeping = add(
+        "sweep",
+        _sweep,
+        "search a recipe's space on Ray Tune, or continue a sweep; --section.field VALUE overrides",
+        follow,
+    )
+    sweeping.add_argument("recipe", nargs="?", metavar="RECIPE")
+    sweeping.add_argument("--resume", metavar="SWEEP", help="run what it lacks; fields make its runs longer")
+    sweeping.add_argument("--extend", type=int, default=0, metavar="N", help="so many trials more")
+    sweeping.add_argument("--dry-run", action="store_true", help="print the trials and what they cost")
+    sweeping.add_argument("--fresh", action="store_true", help="compute again what is there already")
     add("resume", _resume, "continue a run from its last checkpoint", follow).add_argument("run")
     add(
         "rerun", _rerun, "repeat a run from its provenance and show the numeric difference", follow
@@ -89,9 +100,18 @@ def _parser() -> argparse.ArgumentParser:
     calling = add("call", _call, "ask a finished run, for example: piste call RUN sample --prompt 'In the'")
     calling.add_argument("run")
     calling.add_argument("verb")
-    add("compare", _compare, "a table and loss curves of some runs").add_argument(
-        "runs", nargs="+", metavar="RUN"
+    comparing = add("compare", _compare, "a table and pictures of some runs, or of a sweep's trials")
+    comparing.add_argument("runs", nargs="*", metavar="RUN")
+    comparing.add_argument("--sweep", metavar="SWEEP", help="compare the cells of a sweep")
+    comparing.add_argument(
+        "--equal-budgets",
+        nargs="?",
+        const="cells",
+        default="all",
+        choices=["cells", "seconds"],
+        help="every group with as much tuning as the one that got least",
     )
+    comparing.add_argument("--json", action="store_true", help="machine-readable")
     add("sync", _sync, "push what MLflow still lacks").add_argument("runs", nargs="*", metavar="RUN")
     serving = add("ui", _ui, "MLflow's user interface on the store in use")
     serving.add_argument("--port", type=int, default=5000)
@@ -136,8 +156,8 @@ def _ls(options: argparse.Namespace, _fields: dict[str, Any]) -> None:
 
     kinds = [options.kind] if options.kind else list(catalog.KINDS)
     for kind in kinds:
-        if kind == "runs":
-            _ls_runs()
+        if kind in {"runs", "sweeps"}:
+            _ls_runs() if kind == "runs" else _ls_sweeps()
             continue
         known = catalog.members(kind)
         width = max((len(name) for name in known), default=0)
@@ -157,6 +177,19 @@ def _ls_runs() -> None:
     for run in ledger.runs(limit=50):
         optimizer = run.config["optimizer"]["name"]
         print(f"  {run.id:<24} {run.status:<12} {optimizer:<10} {age(run.created):<12} {run.error or ''}")
+
+
+def _ls_sweeps() -> None:
+    from piste.ledger import open_ledger
+    from piste.reporting import age
+
+    ledger = open_ledger()
+    print(f"sweeps in {ledger.url}")
+    for sweep in ledger.sweeps.newest(limit=50):
+        trials = f"{ledger.sweeps.count(sweep.id)} of {sweep.trials or '?'} trials"
+        print(
+            f"  {sweep.id:<28} {sweep.status:<12} {trials:<20} {age(sweep.created):<12} {sweep.error or ''}"
+        )
 
 
 def _run(options: argparse.Namespace, fields: dict[str, Any]) -> int:
@@ -320,11 +353,31 @@ def _call(options: argparse.Namespace, fields: dict[str, Any]) -> None:
     print(answer if isinstance(answer, str) else json.dumps(answer, indent=1, ensure_ascii=False))
 
 
+def _sweep(options: argparse.Namespace, fields: dict[str, Any]) -> int:
+    if (options.recipe is None) == (options.resume is None):
+        raise BadInput("name a recipe, or a sweep with --resume")
+    if options.extend and options.resume is None:
+        raise BadInput("--extend goes with --resume SWEEP")
+    if options.recipe is not None and not options.local and not options.dry_run:
+        _check_resources(options.recipe, fields)
+    from piste import sweep_command
+
+    return sweep_command.execute(options, fields)
+
+
 def _compare(options: argparse.Namespace, _fields: dict[str, Any]) -> None:
     from piste import running, tracking
     from piste.ledger import open_ledger
 
+    if bool(options.runs) == (options.sweep is not None):
+        raise BadInput("name runs, or a sweep with --sweep")
     ledger = open_ledger()
+    if options.sweep is not None:
+        from piste import sweep_command
+
+        sweep_id = ledger.sweeps.get(options.sweep).id
+        sweep_command.report(ledger, sweep_id, options.json, options.equal_budgets)
+        return
     ids = [ledger.run(name).id for name in options.runs]
     results = []
     for run_id in ids:

@@ -155,12 +155,13 @@ def table(rows: Sequence[dict[str, Any]]) -> Table:
         cells = []
         for key in keys:
             best_of_all = key in best and row[key] == best[key] and len(rows) > 1
-            cells.append(f"[bold]{_cell(row[key])}[/bold]" if best_of_all else _cell(row[key]))
+            cells.append(f"[bold]{cell(row[key])}[/bold]" if best_of_all else cell(row[key]))
         made.add_row(*cells)
     return made
 
 
-def _cell(value: Any) -> str:
+def cell(value: Any) -> str:
+    """A value as tables show it: four digits of a number, `-` where there is none."""
     if value is None:
         return "-"
     if not isinstance(value, float):

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 from pydantic import BaseModel
 
-from piste import catalog, provenance, tracking
+from piste import catalog, provenance, relay_process, tracking
 from piste.config import Recipe, override, read_toml, to_toml, validate
 from piste.errors import BadInput, cause, nearest
 from piste.home import home
@@ -182,7 +182,7 @@ def execute(ledger: Ledger, run_id: str, *, local: bool, observer: Observer | No
     directory = Path(row.directory)
     uri = tracking.tracking_uri(config.tracking.uri)
     ledger.claim(run_id, f"{os.uname().nodename}:{os.getpid()}")
-    relay = tracking.RelayProcess(ledger.url, run_id, uri, directory / "relay.log")
+    relay = relay_process.RelayProcess(ledger.url, run_id, uri, directory / "relay.log")
     try:
         with (observer or _Silent()).watch(ledger, run_id, config):
             if local:

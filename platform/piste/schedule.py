@@ -72,8 +72,7 @@ class Schedule:
         self.section = Sweep.model_validate(row.config["sweep"])
         self._planner = Planner(row, self.section)
         self._fresh = fresh
-        self._seed = int(row.config["seed"])
-        self._key = sweep_key(self.section, self._seed)
+        self._key = sweep_key(self.section, int(row.config["seed"]))
         self._strata = len(self.section.strata)
         self._limit = None if row.trials is None else row.trials // self.section.repeats
         self._trials: dict[int, Trial] = {}
@@ -227,7 +226,7 @@ class Schedule:
             if suggestion is None:
                 self._done[cell % self._strata] = True
                 continue
-            for trial in self._open_trials(cell, suggestion):
+            for trial in self._planner.trials(cell, suggestion):
                 self._add(trial)
                 planned.append(self._planner.resolve(trial))
         self._enqueue(planned)
@@ -262,21 +261,6 @@ class Schedule:
         """Whether trials may be packed: the workload can, the recipe wants it, and no scheduler ends some."""
         wanted = self.section.pack and self.section.scheduler == "fifo"
         return wanted and hasattr(self._planner.module, "train_many")
-
-    def _open_trials(self, cell: int, suggestion: Suggestion) -> list[Trial]:
-        """The trials of a cell, not yet run."""
-        repeats = self.section.repeats
-        return [
-            Trial(
-                number=cell * repeats + repeat,
-                cell=cell,
-                seed=int(suggestion.values.get("seed", self._seed)) + repeat,
-                values=suggestion.values,
-                memory=suggestion.memory,
-                run_id=f"{self.sweep_id}-{cell * repeats + repeat:05d}",
-            )
-            for repeat in range(repeats)
-        ]
 
     def _add(self, trial: Trial) -> None:
         stratum, place = trial.cell % self._strata, trial.cell // self._strata
@@ -406,7 +390,7 @@ class Schedule:
         for cells in self._cells:
             for cell in cells.values():
                 if len(cell) < self.section.repeats:
-                    whole = self._open_trials(cell[0].cell, Suggestion(cell[0].values, cell[0].memory))
+                    whole = self._planner.trials(cell[0].cell, Suggestion(cell[0].values, cell[0].memory))
                     lacking = [trial for trial in whole if trial.number not in self._trials]
                     for trial in lacking:
                         self._add(trial)

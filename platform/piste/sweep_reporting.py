@@ -1,14 +1,196 @@
-"""What a person sees of a sweep: live progress, tables, pictures."""
+"""What a person sees of a sweep: live progress, its tables, all its pictures."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, Literal, TextIO
 
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar as Bar
+from rich.table import Table
+from rich.text import Text
+
+from piste import sweep_pictures as pictures
+from piste import sweep_tables
+from piste.comparison import Threshold, equal_budgets, thresholds
+from piste.dry_run import DryRun
 from piste.ledger import Ledger, TrialRecord
+from piste.reporting import cell
+from piste.schedule import Counts, Schedule
 from piste.space import Sweep
+from piste.sweeping import Tell
+from piste.trials import Trial, Work, converged
+
+Budgets = Literal["all", "cells", "seconds"]
+TOP = 20
+LISTED = 50
+
+
+class SweepProgress:
+    """A live view of the trials, with an ETA and the best so far."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+
+    @contextmanager
+    def sweep(self, schedule: Schedule) -> Iterator[Tell]:
+        """Shows the sweep while the context lasts."""
+
+        def show() -> RenderableType:
+            return _live(schedule.sweep_id, schedule.section, schedule.counts)
+
+        live = Live(get_renderable=show, console=self._console, transient=True, refresh_per_second=4)
+        with live:
+            yield lambda event, work: None
+
+
+class SweepJsonLines:
+    """One JSON object a line whenever work starts or ends: the trials, and where the sweep stands."""
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        self._stream = stream or sys.stdout
+        self._lock = threading.Lock()
+
+    @contextmanager
+    def sweep(self, schedule: Schedule) -> Iterator[Tell]:
+        """Prints while the context lasts."""
+
+        def tell(event: Literal["started", "ended"], work: Work) -> None:
+            counts = schedule.counts
+            line: dict[str, Any] = {"sweep": schedule.sweep_id, "event": event}
+            if work.packed:
+                line["trials"] = len(work.trials)
+            else:
+                line |= _trial_line(work.trials[0])
+            for name in ("running", "finished", "pruned", "failed", "reused", "total"):
+                line[name] = getattr(counts, name)
+            line |= {"eta": counts.eta, "best": None if counts.best is None else counts.best.value}
+            with self._lock:
+                print(json.dumps(line), file=self._stream, flush=True)
+
+        yield tell
+
+
+def _trial_line(trial: Trial) -> dict[str, Any]:
+    line = {"trial": trial.number, "run": trial.run_id, "values": trial.values, "seed": trial.seed}
+    return line | {"outcome": trial.outcome, "objective": trial.value}
+
+
+def _live(name: str, section: Sweep, counts: Counts) -> RenderableType:
+    """Two lines: how far it is, and the best so far."""
+    line = Table.grid(padding=(0, 1))
+    whole = Text(name, style="bold")
+    ended = f"{counts.ended}/{counts.total}" if counts.total else str(counts.ended)
+    said = [f"{counts.running} running", f"{counts.finished} finished"]
+    said += [f"{getattr(counts, n)} {n}" for n in ("pruned", "failed", "reused") if getattr(counts, n)]
+    eta = "" if counts.eta is None else f"ETA {duration(counts.eta)}"
+    bar = Bar(total=counts.total or None, completed=counts.ended, width=20, pulse=counts.total is None)
+    line.add_row(whole, bar, ended, duration(counts.seconds), eta)
+    best = "no trial has finished yet"
+    if counts.best is not None:
+        names = sweep_tables.headings(list(counts.best.values))
+        values = ", ".join(f"{names[k]} {cell(v)}" for k, v in counts.best.values.items())
+        best = f"best {section.metric} {cell(counts.best.value)}" + (f" at {values}" if values else "")
+    return Group(line, Text(f"  {', '.join(said)}; {best}"))
+
+
+def duration(seconds: float) -> str:
+    """Hours, minutes and seconds, as a clock."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def edges(ledger: Ledger, trials: Sequence[TrialRecord], section: Sweep) -> list[Threshold]:
+    """The thresholds that a bisection has found; none for another searcher."""
+    if section.searcher != "bisect":
+        return []
+    return thresholds(trials, section, lambda trial: converged(ledger, section, trial))
+
+
+def tables(
+    ledger: Ledger,
+    trials: Sequence[TrialRecord],
+    section: Sweep,
+    budgets: Budgets = "all",
+) -> tuple[dict[str, Any], list[RenderableType]]:
+    """A sweep's tables, as JSON and for the terminal.
+
+    Args:
+        ledger: The ledger that has it.
+        trials: Its trials.
+        section: Its `[sweep]`.
+        budgets: `cells` or `seconds`: every group with as much tuning as the one that got least.
+    """
+    compared = trials if budgets == "all" else equal_budgets(trials, section, budgets)
+    cell_rows = sweep_tables.comparison_rows(compared, section, TOP)
+    group_rows = sweep_tables.group_rows(compared, section)
+    found: dict[str, Any] = {"cells": cell_rows, "groups": group_rows}
+    shown: list[RenderableType] = []
+    if section.searcher == "bisect":
+        bracketed = edges(ledger, trials, section)
+        found["thresholds"] = sweep_tables.threshold_rows(bracketed)
+        shown.append(sweep_tables.thresholds_table(bracketed, section))
+    elif cell_rows:
+        shown.append(sweep_tables.cells_table(cell_rows, section))
+        if len(group_rows) > 1:
+            shown += [Text(""), sweep_tables.groups_table(group_rows, section)]
+    return found, shown
 
 
 def draw_all(ledger: Ledger, trials: Sequence[TrialRecord], section: Sweep, folder: Path) -> list[Path]:
-    """Draws every picture that these trials allow into a folder."""
-    return []
+    """Draws every picture that these trials allow into a folder, as PNG files."""
+    made = [
+        draw(trials, section, folder / f"{draw.__name__.replace('_', '-')}.png")
+        for draw in (
+            pictures.parallel_coordinates,
+            pictures.parameters,
+            pictures.importances,
+            pictures.best_so_far,
+            pictures.time_to_target,
+        )
+    ]
+    edge = folder / "thresholds.png"
+    made.append(pictures.thresholds(trials, section, edge, lambda t: converged(ledger, section, t)))
+    return [path for path in made if path is not None]
+
+
+def print_dry_run(plan: DryRun, as_json: bool) -> None:
+    """Prints what a sweep would compute."""
+    rows = [("compute", item, None) for item in plan.compute] + [("reuse", *pair) for pair in plan.reused]
+    rows.sort(key=lambda row: row[1].trial.number)
+    total = None if plan.seconds is None else plan.seconds * len(plan.compute)
+    if as_json:
+        trials = [{"do": do, **_trial_line(item.trial), "reuses": run} for do, item, run in rows]
+        cost = {"seconds_each": plan.seconds, "cpu_seconds": total, "basis": plan.basis, "later": plan.later}
+        print(json.dumps({"trials": trials, **cost, "at_a_time": plan.at_a_time}))
+        return
+    console, table = Console(), Table(box=None, pad_edge=False, header_style="bold")
+    names = sweep_tables.headings(
+        list(dict.fromkeys(key for _, item, _ in rows for key in item.trial.values))
+    )
+    for name in ("trial", *names.values(), "seed", ""):
+        table.add_column(name, no_wrap=True)
+    for _, item, run in rows[:LISTED]:
+        values = [cell(item.trial.values.get(key)) for key in names]
+        said = f"reuses {run}" if run else item.run["error"] or ""
+        table.add_row(str(item.trial.number), *values, str(item.trial.seed), said)
+    console.print(table)
+    if len(rows) > LISTED:
+        console.print(f"... and {len(rows) - LISTED} more")
+    later = {None: " and those that its results ask for", 0: ""}.get(
+        plan.later, f" and {plan.later} that depend on their results"
+    )
+    console.print(f"{len(plan.compute)} trials to compute{later}, {len(plan.reused)} reused")
+    if plan.seconds is None or total is None:
+        console.print(f"no estimate: {plan.basis}")
+        return
+    total += plan.seconds * (plan.later or 0)
+    wall = duration(total / plan.at_a_time)
+    console.print(f"about {wall} with {plan.at_a_time} at a time: {plan.seconds:.3g} s each ({plan.basis})")

@@ -21,6 +21,7 @@ from piste.tracking import (
     BATCH,
     MARK,
     TERMINAL,
+    WHOLE,
     Relay,
     client,
     describe,
@@ -58,7 +59,7 @@ class SweepRelay:
         self._cells: dict[int, str] = {}  # cell -> MLflow run
         self._trials: dict[int, MlflowRun] = {}  # trial -> MLflow run
         self._relays: dict[int, Relay] = {}
-        self._whole: set[int] = set()
+        self._whole: dict[int, str] = {}  # trial -> which end of it is shown
         self._closed: set[int] = set()
         self._best: float | None = None
         self._ended = 0
@@ -126,7 +127,7 @@ class SweepRelay:
                     number = int(found[TRIAL])
                     self._trials[number] = run
                     if run.info.status in ("FINISHED", "FAILED"):
-                        self._whole.add(number)
+                        self._whole[number] = found.get(WHOLE, "")
                 elif CELL in found:
                     self._cells[int(found[CELL])] = run.info.run_id
                 else:
@@ -169,9 +170,9 @@ class SweepRelay:
             parent = self._cells.get(number) or self._open_cell(sweep, section, cell[0])
         assert parent is not None
         for trial in cell:
-            if trial.number not in self._whole and (trial.status != "planned" or trial.outcome is not None):
+            if self._whole.get(trial.number) != _end(trial) and trial.status != "planned":
                 self._show_trial(sweep, section, trial, parent)
-        if all(trial.number in self._whole for trial in cell):
+        if all(self._whole.get(trial.number) == _end(trial) for trial in cell):
             if section.repeats > 1:
                 self._close_cell(section, cell, parent)
             self._closed.add(number)
@@ -218,22 +219,25 @@ class SweepRelay:
             self._relays[trial.number].step()
             return
         self._show_ended(sweep, trial, run)
-        self._whole.add(trial.number)
+        self._whole[trial.number] = _end(trial)
         self._relays.pop(trial.number, None)
         self._show_best(section, trial)
 
     def _show_ended(self, sweep: SweepRow, trial: TrialRecord, run: MlflowRun) -> None:
         """A trial that has ended: what its MLflow run still lacks, in as few requests as there can be."""
+        from mlflow.entities import RunTag
+
         mlflow_run_id = run.info.run_id
         relay = self._relays.get(trial.number)
         mark = relay.mark if relay is not None else int(run.data.tags.get(MARK, 0))
         parameters: list[Param] = [] if mark else _parameters(sweep, trial)
-        for rows in self._rows(trial.run_id, mark, BATCH - len(parameters)):
+        end = RunTag(WHOLE, _end(trial))
+        for rows in self._rows(trial.run_id, mark, BATCH - len(parameters) - 1):
             metrics, marks = shown_metrics(rows)
-            self._client.log_batch(mlflow_run_id, metrics=metrics, params=parameters, tags=marks)
+            self._client.log_batch(mlflow_run_id, metrics=metrics, params=parameters, tags=[*marks, end])
             parameters = []
         if parameters:
-            self._client.log_batch(mlflow_run_id, params=parameters)
+            self._client.log_batch(mlflow_run_id, params=parameters, tags=[end])
         for artifact in self._ledger.artifacts(trial.run_id):
             if artifact.kind != "checkpoint" and Path(artifact.uri).exists():
                 self._client.log_artifact(mlflow_run_id, artifact.uri)
@@ -288,6 +292,11 @@ def _sweep_tags(sweep: SweepRow) -> dict[str, str]:
     }
     named |= {f"version.{name}": version for name, version in origin.get("libraries", {}).items()}
     return {key: value[:5000] for key, value in named.items() if value}
+
+
+def _end(trial: TrialRecord) -> str:
+    """Which end of a trial it is: one that was trained longer has another."""
+    return f"{trial.outcome} at step {trial.step}"
 
 
 def _parameters(sweep: SweepRow, trial: TrialRecord, seed: bool = True) -> list[Param]:

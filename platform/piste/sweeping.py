@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import secrets
 import traceback
@@ -11,12 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from piste import catalog, packing, provenance, tracking
+from piste import catalog, packing, provenance, relay_process, tracking
 from piste.building import check_optimizer
 from piste.config import Recipe, override, to_toml, validate
 from piste.errors import BadInput, cause
 from piste.home import home
 from piste.ledger import Ledger, TrialRecord, open_ledger
+from piste.ledger import Sweep as SweepRow
 from piste.running import load_recipe
 from piste.schedule import Schedule
 from piste.search import suggest, sweep_key
@@ -124,7 +127,7 @@ def plan_sweep(ledger: Ledger, name: str, config: Recipe) -> str:
         id=sweep_id,
         recipe=name,
         workload=config.workload,
-        config=config.model_dump(mode="json", by_alias=True),
+        config=config.model_dump(mode="json"),
         provenance=provenance.collect(code, data),
         directory=str(directory),
         trials=None if section.cells is None else section.cells * section.repeats,
@@ -191,7 +194,7 @@ def execute_sweep(
     config: Recipe = validate(module.Config, row.config, sweep_id)
     uri = tracking.tracking_uri(config.tracking.uri)
     ledger.sweeps.claim(row.id, f"{os.uname().nodename}:{os.getpid()}")
-    relay = tracking.RelayProcess(ledger.url, row.id, uri, Path(row.directory) / "relay.log", "sweep")
+    relay = relay_process.RelayProcess(ledger.url, row.id, uri, Path(row.directory) / "relay.log", "sweep")
     schedule = Schedule(ledger, row, fresh)
 
     def end(status: str, reason: str | None) -> None:
@@ -248,6 +251,7 @@ def resume_sweep(
     fresh: bool = False,
     extend: int = 0,
     observer: SweepObserver | None = None,
+    **overrides: Any,
 ) -> SweepResult:
     """Runs what a sweep still lacks.
 
@@ -257,34 +261,64 @@ def resume_sweep(
         fresh: As for `sweep`.
         extend: So many trials more than it was to have.
         observer: Shows progress.
+        **overrides: Fields that make its runs longer (`train__steps=240`): finished trials go on from their
+            last checkpoint.
 
     Raises:
-        BadInput: It lacks nothing, its driver is alive, or it cannot be extended by that number.
+        BadInput: It lacks nothing, its driver is alive, or it cannot be extended so.
     """
     ledger = open_ledger()
-    return execute_sweep(
-        ledger, resumable_sweep(ledger, sweep_id, extend), local=local, fresh=fresh, observer=observer
-    )
+    longer = {key.replace("__", "."): value for key, value in overrides.items()}
+    name = resumable_sweep(ledger, sweep_id, extend, longer)
+    return execute_sweep(ledger, name, local=local, fresh=fresh, observer=observer)
 
 
-def resumable_sweep(ledger: Ledger, sweep_id: str, extend: int = 0) -> str:
+def resumable_sweep(
+    ledger: Ledger, sweep_id: str, extend: int = 0, longer: Mapping[str, Any] | None = None
+) -> str:
     """The full id of a sweep that lacks trials, extended where that is asked for.
 
     Raises:
-        BadInput: It lacks nothing, or cannot be extended by that number.
+        BadInput: It lacks nothing, or cannot be extended so.
     """
     row = ledger.sweeps.get(sweep_id)
+    model = catalog.load_workload(row.workload).Config
+    if longer:
+        _lengthen(ledger, row, validate(model, override(row.config, longer), row.id), longer)
     if extend:
-        if row.trials is None or row.config["sweep"]["searcher"] == "grid":
-            raise BadInput(
-                f"{row.id}: the searcher {row.config['sweep']['searcher']!r} decides how many trials"
-            )
-        config = override(row.config, {"sweep.trials": row.trials + extend})
-        validate(catalog.load_workload(row.workload).Config, config, row.id)
+        searcher = row.config["sweep"]["searcher"]
+        if row.trials is None or searcher == "grid":
+            raise BadInput(f"{row.id}: the searcher {searcher!r} decides how many trials there are")
+        config = override(ledger.sweeps.get(row.id).config, {"sweep.trials": row.trials + extend})
+        validate(model, config, row.id)
         ledger.sweeps.extend(row.id, row.trials + extend, config)
-    elif row.status == "finished":
+    if row.status == "finished" and not extend and not longer:
         raise BadInput(f"{row.id} has finished: `piste sweep --resume {row.id} --extend N` adds trials")
     return row.id
+
+
+def _lengthen(ledger: Ledger, row: SweepRow, config: Recipe, longer: Mapping[str, Any]) -> None:
+    """Lets the finished trials of a sweep go on with longer recipes.
+
+    Raises:
+        BadInput: The recipe does not get longer.
+    """
+    before = validate(type(config), row.config, row.id)
+    steps = [getattr(recipe, "total_steps", None) for recipe in (before, config)]
+    if None in steps or steps[1] <= steps[0]:  # type: ignore[operator]
+        fields = ", ".join(f"{key} = {value}" for key, value in longer.items())
+        raise BadInput(f"{row.id}: {fields} makes its runs no longer: they end at step {steps[0]}")
+    runs = []
+    for trial in ledger.sweeps.trials(row.id):
+        if trial.outcome == "finished" and not trial.reused:
+            run = ledger.run(trial.run_id)
+            stages = [*run.provenance.get("stages", [steps[0]]), steps[1]]
+            # Its last steps saw another recipe than a run that was to be so long from the start.
+            identity = hashlib.sha256(f"{run.identity}/{json.dumps(dict(longer))}".encode()).hexdigest()
+            changed = {"provenance": {**run.provenance, "stages": stages}, "identity": identity}
+            runs.append({"id": run.id, "config": override(run.config, longer), **changed})
+    table = config.model_dump(mode="json")
+    ledger.sweeps.lengthen(row.id, table, runs)
 
 
 # -- in this process --------------------------------------------------------------------------------

@@ -1,9 +1,8 @@
 """The relay: shows the ledger in MLflow, exactly once.
 
-The ledger is the truth and MLflow the view. A relay is a process of its own, so that a slow or dead
-tracking server never slows a step. It follows a run's rows behind a high-water mark that it keeps as
-a tag of the MLflow run, finds that run by the tag `piste.run_id` before it would create one, and may
-repeat rows: MLflow ignores exact repeats, and a row keeps its timestamp.
+The ledger is the truth and MLflow the view. A relay follows a run's rows behind a high-water mark that
+it keeps as a tag of the MLflow run, finds that run by the tag `piste.run_id` before it would create one,
+and may repeat rows: MLflow ignores exact repeats, and a row keeps its timestamp.
 """
 
 from __future__ import annotations
@@ -15,7 +14,6 @@ import posixpath
 import re
 import subprocess
 import sys
-import threading
 import time
 import urllib.error
 import urllib.request
@@ -40,8 +38,6 @@ if TYPE_CHECKING:
 # With its two tags a batch stays within the 1,000 entities of one request of MLflow's, so that the mark is
 # never set before the rows that it stands for.
 BATCH = 998
-POLL_SECONDS = 1.0
-GRACE_SECONDS = 20.0
 MARK = "piste.relayed"
 WHOLE = "piste.shown"  # the end of a run, once all of it is shown
 TERMINAL = {"finished": "FINISHED", "pruned": "FINISHED", "failed": "FAILED", "interrupted": "KILLED"}
@@ -354,12 +350,33 @@ def find_run(uri: str, run_id: str) -> tuple[str, str] | None:
     return (found[0].info.experiment_id, found[0].info.run_id) if found else None
 
 
+def sweep_address(uri: str, sweep_id: str) -> str:
+    """The MLflow page that compares the trials of a sweep, or that of the server where it is not shown."""
+    base = uri.rstrip("/") if uri.startswith("http") else "http://127.0.0.1:5000"
+    made = client(uri)
+    experiments = [e.experiment_id for e in made.search_experiments()]
+    found = made.search_runs(experiments, f"tags.`piste.sweep_id` = '{sweep_id}'", max_results=1)
+    if not found:
+        return base
+    wanted = quote(f"tags.`piste.sweep_id` = '{sweep_id}' and tags.`piste.kind` = 'trial'")
+    return (
+        f"{base}/#/experiments/{found[0].info.experiment_id}/runs?searchFilter={wanted}&compareRunsMode=CHART"
+    )
+
+
+def relay_of(ledger: Ledger, kind: Kind, name: str, uri: str) -> Relay | SweepRelay:
+    """The relay of a run or a sweep."""
+    from piste.sweep_tracking import SweepRelay
+
+    return SweepRelay(ledger, name, uri) if kind == "sweep" else Relay(ledger, name, uri)
+
+
 def sync(ledger: Ledger, names: Iterable[tuple[Kind, str]]) -> dict[str, int]:
     """Pushes what is pending of runs and sweeps, in this process; returns what remains for each."""
     remaining = {}
     for kind, name in names:
         config = (ledger.sweeps.get(name) if kind == "sweep" else ledger.run(name)).config
-        relay = _relay(ledger, kind, name, tracking_uri(config["tracking"]["uri"]))
+        relay = relay_of(ledger, kind, name, tracking_uri(config["tracking"]["uri"]))
         relay.step()
         remaining[name] = relay.pending()
     return remaining
@@ -372,97 +389,3 @@ def serve(uri: str, port: int) -> None:
     command += ["--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     with contextlib.suppress(KeyboardInterrupt):
         subprocess.run(command, env=environment, check=False)
-
-
-class RelayProcess:
-    """The relay of one run or sweep, as a process of its own that outlives an interrupt and drains.
-
-    Args:
-        ledger_url: Where the ledger is.
-        name: The run, or the sweep.
-        uri: The MLflow store.
-        log: A file for what it prints.
-        kind: Which of the two.
-    """
-
-    def __init__(self, ledger_url: str, name: str, uri: str, log: Path, kind: Kind = "run") -> None:
-        command = [sys.executable, "-m", "piste.tracking", ledger_url, kind, name, uri]
-        with log.open("ab") as file:
-            self._process = subprocess.Popen(
-                command,
-                stdin=subprocess.PIPE,  # its end tells the relay that the driver is gone
-                stdout=subprocess.PIPE,
-                stderr=file,
-                start_new_session=True,
-                text=True,
-            )
-
-    def finish(self) -> dict[str, Any]:
-        """Waits until the ended run is shown; returns `mlflow_run_id` and `pending` (None: unknown)."""
-        try:
-            output, _ = self._process.communicate(timeout=GRACE_SECONDS + 10)
-            return dict(json.loads(output.strip().splitlines()[-1]))
-        except (subprocess.TimeoutExpired, ValueError, IndexError):
-            self._process.kill()
-            self._process.wait()
-            return {"mlflow_run_id": None, "pending": None}
-
-    def detach(self) -> None:
-        """Leaves the relay to drain by itself: nobody waits for it after an interrupt."""
-        for pipe in (self._process.stdin, self._process.stdout):
-            if pipe is not None:
-                pipe.close()
-        self._process.returncode = 0  # not ours to reap any more
-
-
-def _relay(ledger: Ledger, kind: Kind, name: str, uri: str) -> Relay | SweepRelay:
-    from piste.sweep_tracking import SweepRelay
-
-    return SweepRelay(ledger, name, uri) if kind == "sweep" else Relay(ledger, name, uri)
-
-
-def _status(ledger: Ledger, kind: Kind, name: str) -> str:
-    return ledger.sweeps.get(name).status if kind == "sweep" else ledger.run(name).status
-
-
-def _follow(ledger_url: str, kind: Kind, name: str, uri: str) -> dict[str, Any]:
-    """Relays until all is shown that has ended, or the driver is gone and nothing is left to push."""
-    os.nice(10)
-    driver_gone = threading.Event()
-
-    def until_the_driver_goes() -> None:
-        sys.stdin.read()
-        driver_gone.set()
-
-    threading.Thread(target=until_the_driver_goes, daemon=True).start()
-    ledger = Ledger(ledger_url)
-    relay: Relay | SweepRelay | None = None
-    give_up: float | None = None
-    while True:
-        try:
-            relay = relay or _relay(ledger, kind, name, uri)
-            if relay.step():
-                break
-            give_up = None
-        except Exception as error:
-            print(f"{time.strftime('%H:%M:%S')} {type(error).__name__}: {error}", file=sys.stderr, flush=True)
-        terminal = False
-        with contextlib.suppress(PisteError):
-            terminal = _status(ledger, kind, name) in TERMINAL
-        ended = terminal or driver_gone.is_set()
-        if ended:
-            give_up = give_up or time.monotonic() + GRACE_SECONDS
-            # Of a run that has not ended only rows are owed; one that has is still to be closed in the view.
-            if time.monotonic() > give_up or (not terminal and relay and not relay.pending()):
-                break
-            time.sleep(0.2)
-        else:
-            driver_gone.wait(POLL_SECONDS)
-    found = relay.mlflow_run_id if relay else None
-    pending = relay.pending() if relay else None
-    return {"mlflow_run_id": found, "pending": pending}
-
-
-if __name__ == "__main__":
-    url, kind, name, uri = sys.argv[1:5]
-    print(json.dumps(_follow(url, "sweep" if kind == "sweep" else "run", name, uri)), flush=True)

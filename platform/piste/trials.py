@@ -16,6 +16,7 @@ from piste.config import Recipe, override, validate
 from piste.errors import BadInput
 from piste.ledger import Ledger, Row, TrialRecord, metric_columns, stored
 from piste.ledger import Sweep as SweepRow
+from piste.search import Suggestion
 from piste.space import Sweep, Values
 
 Outcome = Literal["finished", "pruned", "failed"]
@@ -81,8 +82,25 @@ class Planner:
         self.module = catalog.load_workload(row.workload)
         self.base = override({k: v for k, v in row.config.items() if k != "sweep"}, section.constants)
         self._row = row
+        self._repeats = section.repeats
         self._code_version = cache(lambda packages: provenance.code_version(packages))
         self._data: dict[str, str] = {}
+
+    def trials(self, cell: int, suggestion: Suggestion) -> list[Trial]:
+        """The trials of a cell, not yet run."""
+        first = int(suggestion.values.get("seed", self._row.config["seed"]))
+        numbers = range(cell * self._repeats, (cell + 1) * self._repeats)
+        return [
+            Trial(
+                number=number,
+                cell=cell,
+                seed=first + number % self._repeats,
+                values=suggestion.values,
+                memory=suggestion.memory,
+                run_id=f"{self._row.id}-{number:05d}",
+            )
+            for number in numbers
+        ]
 
     def resolve(self, trial: Trial) -> Planned:
         """A trial with its recipe and the columns of its run; it has failed where its values do not fit."""

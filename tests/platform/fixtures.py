@@ -29,7 +29,7 @@ def piste_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path
 @pytest.fixture
 def no_view(piste_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a relay: nothing is shown in MLflow."""
-    monkeypatch.setattr("piste.tracking.RelayProcess", NoRelay)
+    monkeypatch.setattr("piste.relay_process.RelayProcess", NoRelay)
 
 
 @pytest.fixture(scope="session")

@@ -24,13 +24,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.platform.driving import wait_until
 
-from piste import tracking
+from piste import relay_process, tracking
 from piste.buffer import MetricBuffer
 from piste.config import Recipe, to_toml
 from piste.errors import BadInput
 from piste.ledger import Ledger, Message, Row
 from piste.provenance import collect
-from piste.tracking import Relay, RelayProcess, check, client, find_run, sync
+from piste.tracking import Relay, check, client, find_run, sync
 
 
 @pytest.fixture(scope="session")
@@ -389,7 +389,7 @@ def test_a_server_that_stalls_and_dies_slows_no_step_and_loses_no_metric(
     uri = f"http://127.0.0.1:{port}"
     try:
         record(ledger, tmp_path, "run-1", uri)
-        relay = RelayProcess(ledger.url, "run-1", uri, tmp_path / "relay.log")
+        relay = relay_process.RelayProcess(ledger.url, "run-1", uri, tmp_path / "relay.log")
         buffer = MetricBuffer(ledger.apply, "run-1", 1)
         costs, stop = [], threading.Event()
 

@@ -60,7 +60,7 @@ def two(local_ray: None, records: Path) -> RunResult:
     """An undisturbed run on two workers."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PISTE_HOME", str(records / ".piste"))
-        patch.setattr("piste.tracking.RelayProcess", NoRelay)
+        patch.setattr("piste.relay_process.RelayProcess", NoRelay)
         return piste.run(paced(2, records=records, nan_at=NAN_AT))
 
 
@@ -151,7 +151,7 @@ def test_ctrl_c_ends_a_run_on_ray_at_once_and_leaves_nothing_behind(shown_home: 
     assert f"piste resume {row.id}" in err
     assert "Traceback" not in err
     assert seconds < 5.0
-    relays = [child for child in children if any("piste.tracking" in line for line in alive([child]))]
+    relays = [child for child in children if any("piste.relay_process" in line for line in alive([child]))]
     wait_until(lambda: not alive([child for child in children if child not in relays]), "Ray's end", 10.0)
     wait_until(lambda: not alive(relays), "the end of the relay, which drains by itself", 60.0)
     (folder / "go").touch()

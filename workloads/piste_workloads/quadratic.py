@@ -16,13 +16,18 @@ Source of both: Nesterov, "Introductory lectures on convex optimization" (2004),
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Sequence
+
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from piste.building import build_optimizer
+from piste.building import build_optimizer, parameter_groups
+from piste.catalog import load_optimizer
 from piste.config import Optimizer, Recipe, Section
+from piste.packing import PackedRuns, single_optimizer
 from piste.workload import Run
+from piste_algorithms.stacked import stack, stack_key
 
 
 class Problem(Section):
@@ -41,6 +46,11 @@ class Config(Recipe, frozen=True):
     workload: str = "quadratic"
     optimizer: Optimizer = Optimizer.model_validate({"name": "sgd", "lr": 1.0})
     problem: Problem = Problem()
+
+    @property
+    def total_steps(self) -> int:
+        """Where a run of this configuration ends."""
+        return self.problem.steps
 
 
 headline = ("train/loss",)
@@ -101,3 +111,56 @@ def train(config: Config, run: Run) -> None:
             return
     with torch.no_grad():
         run.log({"train/loss": float(model())}, steps + 1)
+
+
+def pack_key(config: Config) -> Hashable | None:
+    """Trials of one dimension and as many steps are packed, with optimizers that can be stacked."""
+    optimizer = single_optimizer(config.optimizer)
+    rule = None if optimizer is None else stack_key(optimizer, config.optimizer.options)
+    return None if rule is None else (rule, config.problem.dimension, config.problem.steps)
+
+
+def train_many(configs: Sequence[Config], runs: PackedRuns) -> None:
+    """`train` for all trials of a pack at once, up to rounding.
+
+    Trials of one bowl stand side by side, so that their gradients are one product of matrices.
+    """
+    kinds = [(config.problem, seed) for config, seed in zip(configs, runs.seeds, strict=True)]
+    bowls = {kind: Quadratic(kind[0], torch.Generator().manual_seed(kind[1])) for kind in set(kinds)}
+    rows = _side_by_side(kinds)
+    own = [bowls[kinds[row[0]]] for row in rows]
+    matrices = torch.stack([bowl.matrix for bowl in own]).to(runs.device)  # (bowls, n, n)
+    minima = torch.stack([bowl.minimum for bowl in own])[:, None].to(runs.device)  # (bowls, 1, n)
+
+    order = [trial for row in rows for trial in row]
+    place_of = {trial: place for place, trial in enumerate(order)}
+    places = torch.tensor([place_of[trial] for trial in range(len(runs))], device=runs.device)
+    x = minima.new_zeros(len(order), minima.shape[-1])
+    section = configs[0].optimizer
+    options = [configs[trial].optimizer.options for trial in order]
+    groups = parameter_groups(section, own[0])
+    optimizer = stack(load_optimizer(section.name), own[0], groups, options, {"x": x})
+
+    steps = configs[0].problem.steps
+    for step in range(1, steps + 2):
+        offset = x.view(len(rows), -1, x.shape[-1]) - minima
+        # grad f(x) = A (x - x*), f(x) - f(x*) = 1/2 (x - x*)^T A (x - x*)
+        gradient = offset @ matrices
+        loss = 0.5 * (offset * gradient).sum(-1)
+        runs.log({"train/loss": loss.view(-1)[places]}, step)
+        if step <= steps:
+            optimizer.step({"x": gradient.view_as(x)})
+
+
+def _side_by_side(kinds: Sequence[Hashable]) -> list[list[int]]:
+    """Trials in rows of one kind and of equal length, filled up with repetitions.
+
+    Where repetitions would be more than half of all, each trial is a row.
+    """
+    members: dict[Hashable, list[int]] = {}
+    for trial, kind in enumerate(kinds):
+        members.setdefault(kind, []).append(trial)
+    length = max(map(len, members.values()))
+    if length * len(members) > 2 * len(kinds):
+        return [[trial] for trial in range(len(kinds))]
+    return [row + row[-1:] * (length - len(row)) for row in members.values()]

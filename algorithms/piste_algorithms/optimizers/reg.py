@@ -92,9 +92,9 @@ def _racs_(
     n_sweeps: int,
     order: str,
     p: float,
-    rms: float | None,
-    eps: float,
-    factor: float = 1.0,
+    rms: float | Tensor | None,
+    eps: float | Tensor,
+    factor: float | Tensor = 1.0,
 ) -> None:
     """`factor` times RACS, in place on a contiguous batch `(k, m, n)`; `powers` is work space of that shape.
 
@@ -162,7 +162,7 @@ def _squares_are_safe(row_sums: Tensor) -> bool:
     return bool(limits.tiny**0.25 <= smallest and largest <= limits.max**0.5)
 
 
-def _divisor(relative: Tensor, floor: float) -> Tensor:
+def _divisor(relative: Tensor, floor: float | Tensor) -> Tensor:
     """What to divide by: the (powers of) norms, at least `floor` times the largest of them; 1 where zero."""
     bound = floor * relative.amax(-1, keepdim=True)
     bounded = torch.maximum(relative, bound).clamp_min(torch.finfo(relative.dtype).tiny)

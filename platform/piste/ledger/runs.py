@@ -140,6 +140,12 @@ class Runs(Database):
         with self.explained(), Session(self.engine) as session:
             return list(session.scalars(query.limit(limit)))
 
+    def finished(self, workload: str, limit: int) -> list[Run]:
+        """The newest finished runs of a workload, those of sweeps included."""
+        query = select(Run).where(Run.workload == workload, Run.status == "finished")
+        with self.explained(), Session(self.engine) as session:
+            return list(session.scalars(query.order_by(Run.created.desc()).limit(limit)))
+
     def metrics_after(self, run_id: str, high_water_mark: int, limit: int) -> list[StoredRow]:
         """The run's next metrics behind a high-water mark, in the order of their commit."""
         fields = [getattr(Metric, name) for name in StoredRow._fields]

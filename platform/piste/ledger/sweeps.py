@@ -68,6 +68,22 @@ class Sweeps:
             values = {"trials": trials, "config": config}
             connection.execute(update(Sweep).where(Sweep.id == sweep_id).values(values))
 
+    def lengthen(self, sweep_id: str, config: dict[str, Any], runs: Sequence[dict[str, Any]]) -> None:
+        """Opens trials that have ended, so that their runs go on with other recipes.
+
+        Args:
+            sweep_id: The sweep.
+            config: The sweep's recipe from now on.
+            runs: Columns of `Run` that change, with its `id`.
+        """
+        with self._database.writing() as connection:
+            connection.execute(update(Sweep).where(Sweep.id == sweep_id).values(config=config))
+            for run in runs:
+                opened = {"status": "planned", "finished": None, **run}
+                connection.execute(update(Run).where(Run.id == run["id"]).values(opened))
+                mine = (Trial.sweep_id == sweep_id, Trial.run_id == run["id"])
+                connection.execute(update(Trial).where(*mine).values(outcome=None))
+
     def record(
         self,
         runs: Sequence[dict[str, Any]],

@@ -1,0 +1,111 @@
+"""A relay as a process of its own, so that a slow or dead tracking server never slows a step."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from piste.errors import PisteError
+from piste.ledger import Ledger
+from piste.tracking import TERMINAL, Kind, Relay, relay_of
+
+if TYPE_CHECKING:
+    from piste.sweep_tracking import SweepRelay
+
+POLL_SECONDS = 1.0
+GRACE_SECONDS = 20.0
+
+
+class RelayProcess:
+    """The relay of one run or sweep, as a process of its own that outlives an interrupt and drains.
+
+    Args:
+        ledger_url: Where the ledger is.
+        name: The run, or the sweep.
+        uri: The MLflow store.
+        log: A file for what it prints.
+        kind: Which of the two.
+    """
+
+    def __init__(self, ledger_url: str, name: str, uri: str, log: Path, kind: Kind = "run") -> None:
+        command = [sys.executable, "-m", "piste.relay_process", ledger_url, kind, name, uri]
+        with log.open("ab") as file:
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,  # its end tells the relay that the driver is gone
+                stdout=subprocess.PIPE,
+                stderr=file,
+                start_new_session=True,
+                text=True,
+            )
+
+    def finish(self) -> dict[str, Any]:
+        """Waits until the ended run is shown; returns `mlflow_run_id` and `pending` (None: unknown)."""
+        try:
+            output, _ = self._process.communicate(timeout=GRACE_SECONDS + 10)
+            return dict(json.loads(output.strip().splitlines()[-1]))
+        except (subprocess.TimeoutExpired, ValueError, IndexError):
+            self._process.kill()
+            self._process.wait()
+            return {"mlflow_run_id": None, "pending": None}
+
+    def detach(self) -> None:
+        """Leaves the relay to drain by itself: nobody waits for it after an interrupt."""
+        for pipe in (self._process.stdin, self._process.stdout):
+            if pipe is not None:
+                pipe.close()
+        self._process.returncode = 0  # not ours to reap any more
+
+
+def _status(ledger: Ledger, kind: Kind, name: str) -> str:
+    return ledger.sweeps.get(name).status if kind == "sweep" else ledger.run(name).status
+
+
+def _follow(ledger_url: str, kind: Kind, name: str, uri: str) -> dict[str, Any]:
+    """Relays until all is shown that has ended, or the driver is gone and nothing is left to push."""
+    os.nice(10)
+    driver_gone = threading.Event()
+
+    def until_the_driver_goes() -> None:
+        sys.stdin.read()
+        driver_gone.set()
+
+    threading.Thread(target=until_the_driver_goes, daemon=True).start()
+    ledger = Ledger(ledger_url)
+    relay: Relay | SweepRelay | None = None
+    give_up: float | None = None
+    while True:
+        try:
+            relay = relay or relay_of(ledger, kind, name, uri)
+            if relay.step():
+                break
+            give_up = None
+        except Exception as error:
+            print(f"{time.strftime('%H:%M:%S')} {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        terminal = False
+        with contextlib.suppress(PisteError):
+            terminal = _status(ledger, kind, name) in TERMINAL
+        ended = terminal or driver_gone.is_set()
+        if ended:
+            give_up = give_up or time.monotonic() + GRACE_SECONDS
+            # Of a run that has not ended only rows are owed; one that has is still to be closed in the view.
+            if time.monotonic() > give_up or (not terminal and relay and not relay.pending()):
+                break
+            time.sleep(0.2)
+        else:
+            driver_gone.wait(POLL_SECONDS)
+    found = relay.mlflow_run_id if relay else None
+    pending = relay.pending() if relay else None
+    return {"mlflow_run_id": found, "pending": pending}
+
+
+if __name__ == "__main__":
+    url, kind, name, uri = sys.argv[1:5]
+    print(json.dumps(_follow(url, "sweep" if kind == "sweep" else "run", name, uri)), flush=True)
