@@ -73,10 +73,7 @@ def parameter_groups(section: Optimizer, model: torch.nn.Module) -> Groups:
     """
     if section.groups:
         return _matched_groups(section, model)
-    innermost = section
-    while innermost.base is not None:
-        innermost = innermost.base
-    cls = catalog.load_optimizer(innermost.name)
+    cls = catalog.load_optimizer(section.chain[-1].name)
     if hasattr(cls, "default_param_groups"):
         return list(cls.default_param_groups(model))
     return decay_groups(model)

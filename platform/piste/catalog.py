@@ -110,11 +110,18 @@ def load_optimizer(name: str) -> type[Any]:
         return found
     if name in members("optimizers"):
         return member_class(importlib.import_module(members("optimizers")[name].module))
-    classes = {c.__name__.lower(): c for c in vars(torch.optim).values() if inspect.isclass(c)}
-    classes = {n: c for n, c in classes.items() if issubclass(c, torch.optim.Optimizer) and n != "optimizer"}
+    classes = _torch_optimizers()
     if name.lower() not in classes:
         raise BadInput(f"unknown optimizer {name!r}{nearest(name, {*members('optimizers'), *classes})}")
     return classes[name.lower()]
+
+
+@cache
+def _torch_optimizers() -> dict[str, type[Any]]:
+    import torch
+
+    classes = {c.__name__.lower(): c for c in vars(torch.optim).values() if inspect.isclass(c)}
+    return {n: c for n, c in classes.items() if issubclass(c, torch.optim.Optimizer) and n != "optimizer"}
 
 
 def member_class(module: ModuleType) -> type[Any]:

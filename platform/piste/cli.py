@@ -407,6 +407,12 @@ def _ui(options: argparse.Namespace, _fields: dict[str, Any]) -> None:
     if uri.startswith("http"):
         print(f"MLflow runs at {uri}")
         return
+    if (address := tracking.serving(uri)) is not None:
+        print(f"MLflow on {uri} runs at {address}")
+        return
     tracking.client(uri)  # creates or upgrades the store before a server opens it
-    print(f"MLflow on {uri} at http://127.0.0.1:{options.port} (Ctrl-C ends it)", flush=True)
-    tracking.serve(uri, options.port)
+
+    def ready(address: str) -> None:
+        print(f"MLflow on {uri} at {address} (Ctrl-C ends it)", flush=True)
+
+    tracking.serve(uri, options.port, ready)

@@ -67,6 +67,11 @@ class Optimizer(BaseModel):
     groups: tuple[ParameterGroup, ...] = ()
 
     @property
+    def chain(self) -> tuple[Optimizer, ...]:
+        """This optimizer and, innermost last, those that it wraps."""
+        return (self, *(self.base.chain if self.base is not None else ()))
+
+    @property
     def options(self) -> dict[str, Any]:
         """The keyword arguments (the extra keys)."""
         return dict(self.model_extra or {})

@@ -13,12 +13,13 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from piste import catalog
-from piste.config import Optimizer, Recipe
+from piste.config import Recipe
 
 LIBRARIES = ("piste", "torch", "ray", "mlflow", "sqlalchemy", "numpy", "tokenizers")
 
@@ -43,28 +44,26 @@ def code_packages(config: Recipe) -> list[str]:
     workload = (
         config.workload if "." in config.workload else catalog.find("workloads", config.workload).module
     )
-    modules = [workload]
-    section: Optimizer | None = config.optimizer
-    while section is not None:
-        modules.append(catalog.load_optimizer(section.name).__module__)
-        section = section.base
-    return sorted({module.partition(".")[0] for module in modules} - {"torch"} | {"piste_algorithms"})
+    optimizers = [catalog.load_optimizer(section.name).__module__ for section in config.optimizer.chain]
+    return sorted(
+        {module.partition(".")[0] for module in [workload, *optimizers]} - {"torch"} | {"piste_algorithms"}
+    )
 
 
-def identify(config: Recipe, code: str, data: str) -> tuple[str, str]:
+def identify(table: Mapping[str, Any], code: str, data: str) -> tuple[str, str]:
     """The identity of a run and of its cell.
 
     Args:
-        config: The resolved recipe; `[tracking]`, `[sweep]` and `[resources]` do not count, but the
+        table: The resolved recipe as JSON; `[tracking]`, `[sweep]` and `[resources]` do not count, but the
             world size does.
         code: From `code_version`.
         data: The data's hash.
     """
-    decisive = config.model_dump(mode="json", exclude={"tracking", "resources", "seed", "sweep"})
-    decisive["world_size"] = config.resources.workers
-    facts = [decisive, code, data, importlib.metadata.version("torch")]
+    decisive = {k: v for k, v in table.items() if k not in {"tracking", "resources", "seed", "sweep"}}
+    decisive["world_size"] = table["resources"]["workers"]
+    facts = [decisive, code, data, _version("torch")]
     cell = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-    return hashlib.sha256(f"{cell}/{config.seed}".encode()).hexdigest(), cell
+    return hashlib.sha256(f"{cell}/{table['seed']}".encode()).hexdigest(), cell
 
 
 def collect(code: str, data: str) -> dict[str, Any]:
@@ -86,6 +85,7 @@ def environment() -> str:
     return "\n".join(sorted(found, key=str.lower)) + "\n"
 
 
+@cache
 def _version(name: str) -> str | None:
     try:
         return importlib.metadata.version(name)

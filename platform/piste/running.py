@@ -147,7 +147,8 @@ def plan(ledger: Ledger, name: str, config: Recipe) -> str:
     module = catalog.load_workload(config.workload)
     data = module.prepare_data(config) if hasattr(module, "prepare_data") else ""
     code = provenance.code_version(provenance.code_packages(config))
-    identity, cell = provenance.identify(config, code, data)
+    table = config.model_dump(mode="json")
+    identity, cell = provenance.identify(table, code, data)
     run_id = f"{name}-{secrets.token_hex(3)}"
     directory = home() / "runs" / run_id
     try:
@@ -162,7 +163,7 @@ def plan(ledger: Ledger, name: str, config: Recipe) -> str:
         recipe=name,
         workload=config.workload,
         seed=config.seed,
-        config=config.model_dump(mode="json"),
+        config=table,
         provenance=provenance.collect(code, data),
         identity=identity,
         cell=cell,

@@ -11,7 +11,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
@@ -36,7 +36,7 @@ class Counts:
     reused: int = 0
     running: int = 0
     best: Trial | None = None
-    started: float = field(default_factory=time.monotonic)
+    started: float = 0.0
     fresh: int = 0  # trials that this session has computed
 
     @property
@@ -84,7 +84,7 @@ class Schedule:
         self._running: dict[int, Trial] = {}
         self._spent = row.seconds
         self._cost = 0.0
-        self.counts = Counts(total=row.trials)
+        self.counts = Counts(total=row.trials, started=time.monotonic())
         self._load()
 
     # -- what an executor asks ----------------------------------------------------------------------
@@ -109,7 +109,8 @@ class Schedule:
     @property
     def ended(self) -> bool:
         """Whether nothing runs and nothing is left to start."""
-        return not self._running and not self._queue and (self._exhausted() or not any(self._ready()))
+        left = None if self._exhausted() else next(self._ready(), None)
+        return not self._running and not self._queue and left is None
 
     def settle(self, work: Work, failure: str | None = None, seconds: float = 0.0) -> None:
         """Takes note that work has ended; what came of it stands in the ledger.
@@ -357,10 +358,12 @@ class Schedule:
             pairs = zip(work.trials, work.configs, strict=True)
             self._queue.extend(Work((trial,), (config,)) for trial, config in pairs)
             return
-        ended = self.ledger.sweeps.objective([t.run_id for t in work.trials], self.section.metric)
+        elsewhere = [trial.run_id for trial in work.trials if trial.outcome is None]  # in another process
+        ended = self.ledger.sweeps.objective(elsewhere, self.section.metric)
         for trial in work.trials:
-            trial.step, trial.value = ended.get(trial.run_id, (None, None))
-            trial.outcome = outcome_of(trial.value)
+            if trial.outcome is None:
+                trial.step, trial.value = ended.get(trial.run_id, (None, None))
+                trial.outcome = outcome_of(trial.value)
             self._count(trial)
 
     def _count(self, trial: Trial, fresh: bool = True) -> None:

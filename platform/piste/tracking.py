@@ -12,12 +12,13 @@ import json
 import os
 import posixpath
 import re
+import socket
 import subprocess
 import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import quote, urlsplit
@@ -88,22 +89,18 @@ class Relay:
         ledger: The ledger that has it.
         run_id: The run.
         uri: The MLflow store.
-        child: Its MLflow run where that is there already, as a trial's is: its sweep's run describes both.
     """
 
-    def __init__(self, ledger: Ledger, run_id: str, uri: str, child: MlflowRun | None = None) -> None:
+    def __init__(self, ledger: Ledger, run_id: str, uri: str) -> None:
         self._ledger = ledger
         self._run_id = run_id
         self._uri = uri
         self._client = client(uri)
-        self._child = child is not None
         self._uploaded: dict[str, str] = {}
         self.mark = 0  # the last of the ledger's rows that are shown
         self._attempt = -1
         self._shown_end: str | None = None
         self.mlflow_run_id: str | None = None
-        if child is not None:
-            self._take_up(child)
 
     def step(self) -> bool:
         """Pushes all that is new; returns whether the run has ended and is shown whole.
@@ -182,7 +179,7 @@ class Relay:
         from piste.reporting import loss_curves
 
         assert self.mlflow_run_id is not None
-        if not self._child and "train/loss" in self._ledger.keys(run.id):
+        if "train/loss" in self._ledger.keys(run.id):
             picture = loss_curves(self._ledger, [run.id], Path(run.directory) / "loss.png")
             self._client.log_artifact(self.mlflow_run_id, str(picture))
         closing = {
@@ -215,7 +212,9 @@ def find_or_create_experiment(client: MlflowClient, uri: str, name: str) -> str:
         local = urlsplit(uri).scheme == "sqlite"
         location = str(home() / "mlflow-artifacts" / quote(name)) if local else None
         try:
-            return client.create_experiment(name, artifact_location=location)
+            # MLflow's list of experiments then opens it among those that train models.
+            kind = {"mlflow.experimentKind": "custom_model_development"}
+            return client.create_experiment(name, artifact_location=location, tags=kind)
         except Exception:
             found = client.get_experiment_by_name(name)  # another relay was first
             if found is None:
@@ -246,13 +245,16 @@ def describe(
     client.log_text(mlflow_run_id, json.dumps(provenance, indent=1), "provenance.json")
 
 
-def shown_metrics(rows: Sequence[StoredRow]) -> tuple[list[Any], list[Any]]:
+def shown_metrics(rows: Sequence[StoredRow], objective: str = "") -> tuple[list[Any], list[Any]]:
     """Rows of the ledger as MLflow's metrics, and the tags that say how far they go."""
     from mlflow.entities import Metric as View
     from mlflow.entities import RunTag
 
-    # MLflow's comparison page opens on the metric that came first: not one of the machine's.
-    finite = sorted((r for r in rows if r.special is None), key=lambda r: r.key.startswith(WALL_CLOCK))
+    # MLflow's comparison page opens on the metric that came first: the objective, none of the machine's.
+    finite = sorted(
+        (r for r in rows if r.special is None),
+        key=lambda r: (r.key != objective, r.key.startswith(WALL_CLOCK)),
+    )
     marked = [r for r in rows if r.special is not None]
     metrics = [View(metric_name(r.key), number(r), r.timestamp, r.step) for r in finite]
     # NaN would take the run out of MLflow's comparison plots, so a non-finite value is shown as a mark.
@@ -353,22 +355,30 @@ def find_run(uri: str, run_id: str) -> tuple[str, str] | None:
 def sweep_address(uri: str, sweep_id: str) -> str:
     """The MLflow page that compares the trials of a sweep, or that of the server where it is not shown."""
     base = uri.rstrip("/") if uri.startswith("http") else "http://127.0.0.1:5000"
-    made = client(uri)
-    experiments = [e.experiment_id for e in made.search_experiments()]
-    found = made.search_runs(experiments, f"tags.`piste.sweep_id` = '{sweep_id}'", max_results=1)
-    if not found:
-        return base
-    wanted = quote(f"tags.`piste.sweep_id` = '{sweep_id}' and tags.`piste.kind` = 'trial'")
-    return (
-        f"{base}/#/experiments/{found[0].info.experiment_id}/runs?searchFilter={wanted}&compareRunsMode=CHART"
-    )
+    for experiment in client(uri).search_experiments():
+        if view_key(sweep_id) in experiment.tags:
+            return f"{base}/#{view_page(experiment.experiment_id, sweep_id)}"
+    return base
+
+
+def view_key(sweep_id: str) -> str:
+    """The tag of an experiment where MLflow finds how a sweep's trials are laid out."""
+    return f"mlflow.sharedViewState.{metric_name(sweep_id)}"
+
+
+def view_page(experiment_id: str, sweep_id: str) -> str:
+    """MLflow's chart view of a sweep's trials, laid out as the experiment's tag says."""
+    view = f"viewStateShareKey={quote(metric_name(sweep_id), safe='')}"
+    return f"/experiments/{experiment_id}/runs?{view}&compareRunsMode=CHART&workflowType=machine_learning"
 
 
 def relay_of(ledger: Ledger, kind: Kind, name: str, uri: str) -> Relay | SweepRelay:
     """The relay of a run or a sweep."""
+    if kind == "run":
+        return Relay(ledger, name, uri)
     from piste.sweep_tracking import SweepRelay
 
-    return SweepRelay(ledger, name, uri) if kind == "sweep" else Relay(ledger, name, uri)
+    return SweepRelay(ledger, name, uri)
 
 
 def sync(ledger: Ledger, names: Iterable[tuple[Kind, str]]) -> dict[str, int]:
@@ -382,10 +392,54 @@ def sync(ledger: Ledger, names: Iterable[tuple[Kind, str]]) -> dict[str, int]:
     return remaining
 
 
-def serve(uri: str, port: int) -> None:
-    """Runs MLflow's server on loopback until it is interrupted."""
+def serving(uri: str) -> str | None:
+    """Where MLflow's server already runs on a store: the address, or None."""
+    try:
+        known = json.loads(_served().read_text())
+    except (OSError, ValueError):
+        return None
+    return str(known["address"]) if known["uri"] == uri and _answers(known["address"]) else None
+
+
+def serve(uri: str, port: int, ready: Callable[[str], None]) -> None:
+    """Runs MLflow's server on loopback until it is interrupted.
+
+    Args:
+        uri: The store.
+        port: The port.
+        ready: Called with the address once the server answers.
+
+    Raises:
+        BadInput: Something else has the port.
+        TrackingError: The server ended before it answered.
+    """
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError as error:
+            raise BadInput(f"port {port}: {error.strerror}: name another with --port") from None
+    address = f"http://127.0.0.1:{port}"
     environment = os.environ | _ENVIRONMENT | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri]
     command += ["--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    with contextlib.suppress(KeyboardInterrupt):
-        subprocess.run(command, env=environment, check=False)
+    with contextlib.suppress(KeyboardInterrupt), subprocess.Popen(command, env=environment) as server:
+        while not _answers(address):
+            if server.poll() is not None:
+                raise TrackingError(f"MLflow's server on {uri} ended with exit code {server.returncode}")
+            time.sleep(0.2)
+        _served().write_text(json.dumps({"uri": uri, "address": address}))
+        ready(address)
+        server.wait()
+
+
+def _served() -> Path:
+    return home() / "mlflow-server.json"
+
+
+def _answers(address: str) -> bool:
+    try:
+        urllib.request.urlopen(f"{address}/health", timeout=2).close()
+    except OSError:
+        return False
+    return True

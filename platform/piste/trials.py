@@ -7,8 +7,6 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from piste import catalog, packing, provenance
@@ -83,7 +81,7 @@ class Planner:
         self.base = override({k: v for k, v in row.config.items() if k != "sweep"}, section.constants)
         self._row = row
         self._repeats = section.repeats
-        self._code_version = cache(lambda packages: provenance.code_version(packages))
+        self._code_versions: dict[tuple[str, ...], str] = {}
         self._data: dict[str, str] = {}
 
     def trials(self, cell: int, suggestion: Suggestion) -> list[Trial]:
@@ -110,7 +108,7 @@ class Planner:
             "recipe": self._row.recipe,
             "workload": self._row.workload,
             "seed": trial.seed,
-            "directory": str(Path(self._row.directory) / "trials" / f"{trial.number:05d}"),
+            "directory": f"{self._row.directory}/trials/{trial.number:05d}",
             "attempt": 0,
             "driver": None,
             "created": time.time(),
@@ -126,13 +124,14 @@ class Planner:
             trial.outcome = "failed"
             nothing = {"config": table, "provenance": {}, "identity": "", "cell": "", "status": "failed"}
             return Planned(trial, None, run | nothing | {"error": str(error), "finished": time.time()})
-        identity, cell = provenance.identify(config, code, data)
+        resolved = config.model_dump(mode="json", exclude={"sweep"})
+        identity, cell = provenance.identify(resolved, code, data)
         return Planned(
             trial,
             config,
             run
             | {
-                "config": config.model_dump(mode="json", exclude={"sweep"}),
+                "config": resolved,
                 "provenance": {"code_version": code, "data_hash": data},
                 "identity": identity,
                 "cell": cell,
@@ -144,7 +143,11 @@ class Planner:
 
     def _origin(self, trial: Trial, config: Recipe) -> tuple[str, str]:
         """Code version and data hash; the data is prepared once for all trials that share it."""
-        code = self._code_version(tuple(provenance.code_packages(config)))
+        optimizers = tuple(section.name for section in config.optimizer.chain)
+        if optimizers not in self._code_versions:
+            packages = provenance.code_packages(config)
+            self._code_versions[optimizers] = provenance.code_version(packages)
+        code = self._code_versions[optimizers]
         if not hasattr(self.module, "prepare_data"):
             return code, ""
         decisive = {k: v for k, v in trial.values.items() if not k.startswith("optimizer.")}

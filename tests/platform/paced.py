@@ -43,6 +43,10 @@ class Config(Recipe, frozen=True):
     checkpoints: Checkpoints = Checkpoints(every=5)
     pace: Pace = Pace()
 
+    @property
+    def total_steps(self) -> int:
+        return self.pace.steps
+
 
 class Point(nn.Module):
     def __init__(self) -> None:
@@ -68,7 +72,7 @@ def train(config: Config, run: Run) -> None:
         stop = run.mean(float(run.should_stop)) > 0.0
         if stop or config.checkpoints.due(step, config.pace.steps):
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-            run.report({}, step, checkpoint=state)
+            run.report({"train/loss": loss}, step, checkpoint=state)
         if stop:
             return
 

@@ -149,7 +149,7 @@ class TestInProcess:
 
 def test_identity_is_what_decides_the_numbers() -> None:
     def of(config: Recipe, code: str = "code", data: str = "data") -> tuple[str, str]:
-        return identify(config, code, data)
+        return identify(config.model_dump(mode="json"), code, data)
 
     base = of(Config())
     assert of(paced(tracking={"experiment": "other", "system_metrics": False})) == base
