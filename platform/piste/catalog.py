@@ -24,7 +24,8 @@ from typing import Any
 
 from piste.errors import BadInput, nearest
 
-KINDS = ("workloads", "optimizers", "recipes")
+KINDS = ("workloads", "optimizers", "recipes", "studies")
+_ONE = {"studies": "study"}
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,8 @@ def find(kind: str, name: str) -> Member:
     """
     known = members(kind)
     if name not in known:
-        raise BadInput(f"unknown {kind.removesuffix('s')} {name!r}{nearest(name, known)}")
+        one = _ONE.get(kind, kind.removesuffix("s"))
+        raise BadInput(f"unknown {one} {name!r}{nearest(name, known)}")
     return known[name]
 
 

@@ -72,8 +72,10 @@ def _parser() -> argparse.ArgumentParser:
         made.set_defaults(act=act)
         return made
 
-    listing = add("ls", _ls, "what there is: workloads, optimizers, recipes, runs")
-    listing.add_argument("kind", nargs="?", choices=["workloads", "optimizers", "recipes", "runs", "sweeps"])
+    from piste.catalog import KINDS
+
+    listing = add("ls", _ls, "what there is: workloads, optimizers, recipes, studies, runs, sweeps")
+    listing.add_argument("kind", nargs="?", choices=[*KINDS, "runs", "sweeps"])
     running = add(
         "run",
         _run,
@@ -93,6 +95,14 @@ def _parser() -> argparse.ArgumentParser:
     sweeping.add_argument("--extend", type=int, default=0, metavar="N", help="so many trials more")
     sweeping.add_argument("--dry-run", action="store_true", help="print the trials and what they cost")
     sweeping.add_argument("--fresh", action="store_true", help="compute again what is there already")
+    studying = add(
+        "study", _study, "a paper's claims, measured; exit 1 where a verdict is not the recorded one"
+    )
+    studying.add_argument("studies", nargs="+", metavar="STUDY")
+    studying.add_argument("--local", action="store_true", help="in this process, without Ray")
+    studying.add_argument("--fresh", action="store_true", help="compute again what is there already")
+    studying.add_argument("--scale", help="one of the study's scales; default: its first")
+    studying.add_argument("--json", action="store_true", help="machine-readable")
     add("resume", _resume, "continue a run from its last checkpoint", follow).add_argument("run")
     add(
         "rerun", _rerun, "repeat a run from its provenance and show the numeric difference", follow
@@ -219,7 +229,7 @@ def _run(options: argparse.Namespace, fields: dict[str, Any]) -> int:
     return _exit_code(results[-1])
 
 
-def _check_resources(recipe: str, fields: dict[str, Any]) -> None:
+def _check_resources(recipe: str, fields: dict[str, Any], sweep: bool = False) -> None:
     """Refuses impossible resources before the workload, torch or Ray is imported."""
     from pydantic import ValidationError
 
@@ -228,6 +238,9 @@ def _check_resources(recipe: str, fields: dict[str, Any]) -> None:
     from piste.preflight import check_resources
 
     table = override(read_toml(catalog.recipe_path(recipe)), fields)
+    if sweep:  # a plain value in the space is set in every trial
+        space = table.get("sweep", {}).get("space", {})
+        table = override(table, {key: value for key, value in space.items() if not isinstance(value, dict)})
     with suppress(ValidationError):  # named, with the rest of the recipe, when it is validated
         check_resources(Resources.model_validate(table.get("resources", {})))
 
@@ -359,10 +372,37 @@ def _sweep(options: argparse.Namespace, fields: dict[str, Any]) -> int:
     if options.extend and options.resume is None:
         raise BadInput("--extend goes with --resume SWEEP")
     if options.recipe is not None and not options.local and not options.dry_run:
-        _check_resources(options.recipe, fields)
+        _check_resources(options.recipe, fields, sweep=True)
     from piste import sweep_command
 
     return sweep_command.execute(options, fields)
+
+
+def _study(options: argparse.Namespace, _fields: dict[str, Any]) -> int:
+    from rich.console import Console
+
+    from piste import studies, verdicts
+    from piste.reporting import ProgressBar
+    from piste.sweep_reporting import SweepProgress
+
+    for name in options.studies:
+        studies.load_study(name)  # a mistyped one is refused before the first is measured
+    console, unexpected = Console(stderr=True), 0
+    for name in options.studies:
+        found = studies.study(
+            name,
+            local=options.local,
+            fresh=options.fresh,
+            scale=options.scale,
+            observer=ProgressBar(console),
+            sweep_observer=SweepProgress(console),
+        )
+        unexpected += len(verdicts.failed(found))
+        if options.json:
+            print(json.dumps({"study": name, "verdicts": verdicts.rows(found)}))
+        else:
+            Console().print(verdicts.table(found))
+    return 1 if unexpected else 0
 
 
 def _compare(options: argparse.Namespace, _fields: dict[str, Any]) -> None:
@@ -371,6 +411,8 @@ def _compare(options: argparse.Namespace, _fields: dict[str, Any]) -> None:
 
     if bool(options.runs) == (options.sweep is not None):
         raise BadInput("name runs, or a sweep with --sweep")
+    if options.runs and options.equal_budgets != "all":
+        raise BadInput("--equal-budgets goes with --sweep SWEEP")
     ledger = open_ledger()
     if options.sweep is not None:
         from piste import sweep_command

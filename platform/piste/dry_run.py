@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from piste.config import Recipe
@@ -25,6 +26,7 @@ class DryRun:
     Attributes:
         compute: The trials that would be computed.
         reused: The trials that a finished run has computed already, by the number: `(trial, run)`.
+        unfit: The trials whose values do not fit together: they fail at once.
         later: Trials whose values depend on the results of these; None where the searcher decides how many.
         seconds: About how long one trial takes; None where the ledger has nothing to tell it by.
         basis: What that rests on.
@@ -33,10 +35,16 @@ class DryRun:
 
     compute: tuple[Planned, ...]
     reused: tuple[tuple[Planned, str], ...]
+    unfit: tuple[Planned, ...]
     later: int | None
     seconds: float | None
     basis: str
     at_a_time: int
+
+    @property
+    def total(self) -> float | None:
+        """Computing time of all trials whose number is known; None where nothing is known of one."""
+        return None if self.seconds is None else self.seconds * (len(self.compute) + (self.later or 0))
 
 
 def dry_run(ledger: Ledger, name: str, config: Recipe, *, local: bool = False, fresh: bool = False) -> DryRun:
@@ -56,15 +64,18 @@ def dry_run(ledger: Ledger, name: str, config: Recipe, *, local: bool = False, f
     table = config.model_dump(mode="json")
     row = SweepRow(id=name, recipe=name, workload=config.workload, config=table, directory="")
     planned = _first_trials(section, config.seed, Planner(row, section))
-    identities = [item.run["identity"] for item in planned if item.config is not None]
-    found = {} if fresh else ledger.sweeps.reusable(identities, section.metric)
+    configs = {item.run["identity"]: item.config for item in planned if item.config is not None}
+    found = {} if fresh else ledger.sweeps.reusable(list(configs), section.metric)
     reused = tuple((p, found[p.run["identity"]][0]) for p in planned if p.run["identity"] in found)
-    compute = tuple(p for p in planned if p.run["identity"] not in found)
+    compute = tuple(p for p in planned if p.config is not None and p.run["identity"] not in found)
     later = None if section.cells is None else section.cells * section.repeats - len(planned)
-    seconds, basis = _cost(ledger, config)
-    resources = config.resources
-    fits = max(1, cpus() // (resources.workers * resources.cpus_per_worker))
-    return DryRun(compute, reused, later, seconds, basis, 1 if local else section.concurrency or fits)
+    recipes = [p.config for p in compute if p.config is not None]
+    seconds, basis = _cost(ledger, config.workload, recipes)
+    cores = max((r.resources.workers * r.resources.cpus_per_worker for r in recipes), default=1)
+    at_a_time = 1 if local else section.concurrency or max(1, cpus() // cores)
+    return DryRun(
+        compute, reused, tuple(p for p in planned if p.config is None), later, seconds, basis, at_a_time
+    )
 
 
 def _first_trials(section: Sweep, seed: int, planner: Planner) -> list[Planned]:
@@ -87,18 +98,18 @@ def _first_trials(section: Sweep, seed: int, planner: Planner) -> list[Planned]:
     return planned
 
 
-def _cost(ledger: Ledger, config: Recipe) -> tuple[float | None, str]:
-    """Seconds of one trial: the median step time of the newest runs of the workload, times its steps."""
-    runs = ledger.finished(config.workload, RUNS)
-    steps = getattr(config, "total_steps", None)
+def _cost(ledger: Ledger, workload: str, recipes: Sequence[Recipe]) -> tuple[float | None, str]:
+    """Seconds of one trial: the median step time of the newest runs of the workload, times the steps."""
+    runs = ledger.finished(workload, RUNS)
+    steps = [recipe.total_steps for recipe in recipes if hasattr(recipe, "total_steps")]
     times = [median for run in runs if (median := _step_seconds(ledger, run.id)) is not None]
-    if times and steps is not None:
-        basis = f"{steps} steps x {1e3 * statistics.median(times):.3g} ms, the median of {len(times)} runs"
-        return steps * statistics.median(times), basis
+    if times and steps:
+        mean, each = statistics.mean(steps), statistics.median(times)
+        return mean * each, f"{mean:g} steps x {1e3 * each:.3g} ms, the median of {len(times)} runs"
     whole = [run.seconds for run in runs if run.seconds > 0.0]
     if whole:
-        return statistics.median(whole), f"the median of {len(whole)} runs of {config.workload}"
-    return None, f"no finished run of {config.workload} is in the ledger"
+        return statistics.median(whole), f"the median of {len(whole)} runs of {workload}"
+    return None, f"no finished run of {workload} is in the ledger"
 
 
 def _step_seconds(ledger: Ledger, run_id: str) -> float | None:

@@ -16,7 +16,7 @@ from functools import cached_property
 from typing import Literal
 
 from piste import packing
-from piste.config import validate
+from piste.config import Resources, validate
 from piste.errors import BadInput
 from piste.ledger import Ledger
 from piste.ledger import Sweep as SweepRow
@@ -131,21 +131,22 @@ class Schedule:
 
     def stopped_by(self) -> str | None:
         """Which budget is used up, if one is."""
-        budget = self.section.budget
-        resources = self._planner.base.get("resources", {})
-        workers = int(resources.get("workers", 1))
-        cpus = workers * int(resources.get("cpus_per_worker", 1))
-        gpus = workers * float(resources.get("gpus_per_worker", 0.0))
+        budget, resources = self.section.budget, self.resources
         used = {
             "seconds": self._spent + self.counts.seconds,
-            "cpu_seconds": self._cost * cpus,
-            "gpu_seconds": self._cost * gpus,
+            "cpu_seconds": self._cost * resources.workers * resources.cpus_per_worker,
+            "gpu_seconds": self._cost * resources.workers * resources.gpus_per_worker,
         }
         for name, amount in used.items():
             most = getattr(budget, name)
             if most is not None and amount >= most:
                 return f"budget.{name}: {amount:.0f} of {most:g} used"
         return None
+
+    @cached_property
+    def resources(self) -> Resources:
+        """What one trial gets."""
+        return Resources.model_validate(self._planner.base["resources"])
 
     @property
     def total_steps(self) -> int:

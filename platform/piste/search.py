@@ -59,13 +59,14 @@ class Suggestion:
 
 def sweep_key(section: Sweep, seed: int) -> str:
     """What all suggestions of a sweep are seeded with: the same space, searcher and seed repeat them."""
-    space = section.model_dump(mode="json", include={"space", "searcher", "mode"})
+    # without defaults: what an entry learns to say later changes no key
+    space = section.model_dump(mode="json", include={"space", "searcher", "mode"}, exclude_defaults=True)
     return hashlib.sha256(json.dumps([space, seed], sort_keys=True).encode()).hexdigest()
 
 
 def seed_of(key: str, cell: int) -> int:
-    """hash(sweep, cell) as a 32-bit seed."""
-    return int.from_bytes(hashlib.sha256(f"{key}/{cell}".encode()).digest()[:4], "little")
+    """hash(sweep, cell) as a 64-bit seed: with 32 bits, two of 100,000 cells would be alike."""
+    return int.from_bytes(hashlib.sha256(f"{key}/{cell}".encode()).digest()[:8], "little")
 
 
 def suggest(section: Sweep, key: str, cell: int, known: Sequence[Known]) -> Suggestion | None:
@@ -83,7 +84,7 @@ def suggest(section: Sweep, key: str, cell: int, known: Sequence[Known]) -> Sugg
     strata = section.strata
     fixed = strata[cell % len(strata)]
     if section.searcher == "grid":
-        return Suggestion(fixed)
+        return Suggestion(dict(fixed))
     if section.searcher == "bisect":
         return _bisect(section, fixed, known)
     if section.searcher == "random":
@@ -151,8 +152,9 @@ def _random(section: Sweep, fixed: Values, generator: np.random.Generator) -> Va
         elif entry.integer is not None:
             values[name] = int(generator.integers(entry.integer[0], entry.integer[1] + 1))
         elif entry.log_uniform is not None:
-            low, high = (math.log(end) for end in entry.log_uniform)
-            values[name] = math.exp(generator.uniform(low, high))
+            low, high = entry.log_uniform
+            drawn = math.exp(generator.uniform(math.log(low), math.log(high)))
+            values[name] = min(max(drawn, low), high)  # rounding may carry it past an end
         elif entry.uniform is not None:
             values[name] = float(generator.uniform(*entry.uniform))
         elif entry.normal is not None:
@@ -175,7 +177,8 @@ def _sample(section: Sweep, fixed: Values, seed: int, known: Sequence[Known]) ->
         entry = section.entries[name]
         if name not in fixed and entry.holds(values):
             values[name] = _decode(entry, _ask(trial, name, entry))
-    return Suggestion(values, dict(study.trials[-1].system_attrs) or None)
+    left = study.get_trials(deepcopy=False)[-1].system_attrs
+    return Suggestion(values, dict(left) or None)
 
 
 def _ask(trial: optuna.Trial, name: str, entry: Entry) -> Any:
@@ -191,6 +194,7 @@ def _ask(trial: optuna.Trial, name: str, entry: Entry) -> Any:
 def _sampler(section: Sweep, seed: int) -> optuna.samplers.BaseSampler:
     from optuna.samplers import CmaEsSampler, GPSampler, TPESampler
 
+    seed %= 2**32  # all that Optuna takes
     if section.searcher == "tpe":
         return TPESampler(seed=seed, n_startup_trials=section.batch)
     if section.searcher == "gp":
@@ -210,7 +214,7 @@ def _trial(section: Sweep, fixed: Values, cell: Known, known: Sequence[Known]) -
         # Optuna's GP and CMA-ES would never hear of a pruned cell.
         pruned = cell.state == "pruned" and section.searcher == "tpe"
         state = TrialState.PRUNED if pruned else TrialState.COMPLETE
-    value = None if cell.value is None else _finite(cell.value, section, known)
+    value = None if cell.value is None else _told(cell.value, section, known)
     return create_trial(
         state=state,
         value=value if state is TrialState.COMPLETE else None,
@@ -223,13 +227,21 @@ def _trial(section: Sweep, fixed: Values, cell: Known, known: Sequence[Known]) -
     )
 
 
-def _finite(value: float, section: Sweep, known: Sequence[Known]) -> float:
-    """The value itself; a diverged cell has the worst that was seen, as a model can be fitted to that."""
-    if math.isfinite(value):
-        return value
-    finite = [k.value for k in known if k.value is not None and math.isfinite(k.value)]
-    worst = max if section.mode == "min" else min
-    return worst(finite, default=0.0)
+def _told(value: float, section: Sweep, known: Sequence[Known]) -> float:
+    """A cell's objective as its sampler is told it: finite, whatever came of the cell.
+
+    A diverged cell has the worst that was seen. A Gaussian process would see nothing beside the 1e30 of a
+    cell that is about to diverge, so that it is told scores from 0, the best, to 1, four times as far from
+    the best as the best quarter is.
+    """
+    sign = 1.0 if section.mode == "min" else -1.0
+    seen = sorted(sign * k.value for k in known if k.value is not None and math.isfinite(k.value))
+    if section.searcher != "gp":
+        return value if math.isfinite(value) else sign * (seen[-1] if seen else 0.0)
+    best, quarter = (seen[0], seen[len(seen) // 4]) if seen else (0.0, 0.0)
+    # (value - best) / (4 (quarter - best)); in parts, as differences of large numbers are infinite
+    ahead, unit = sign * value / 8.0 - best / 8.0, quarter / 2.0 - best / 2.0
+    return sign * (min(ahead / unit, 1.0) if unit > 0.0 else float(ahead > 0.0))
 
 
 def _distribution(entry: Entry) -> optuna.distributions.BaseDistribution:

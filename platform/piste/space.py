@@ -14,18 +14,29 @@ own, and cell `c` of a space with `G` strata is point `c // G` of stratum `c % G
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from piste.errors import nearest
 from piste.section import Section
 
 Scalar = bool | int | float | str
-Value = Scalar | tuple[Scalar, ...]
 Kind = Literal["choice", "grid", "uniform", "log_uniform", "int", "normal", "repeats"]
 Values = dict[str, Any]
+
+
+def _plain(given: Any) -> Any:
+    for part in given if isinstance(given, list | tuple) else (given,):
+        if not isinstance(part, Scalar) or (isinstance(part, float) and not math.isfinite(part)):
+            raise ValueError("a value is a finite number, text, true or false, or a list of these")
+    return given
+
+
+Value = Annotated[Scalar | tuple[Scalar, ...], BeforeValidator(_plain)]
 
 
 class Entry(Section):
@@ -47,7 +58,7 @@ class Entry(Section):
     def _known_keys(cls, table: Any) -> Any:
         for key in table if isinstance(table, Mapping) else ():
             if key not in {*_KINDS, "when"}:
-                raise ValueError(f"unknown key {key!r}{nearest(key, _KINDS)}")
+                raise ValueError(f"unknown key {key!r}{nearest(key, [*_KINDS, 'when'])}")
         return table
 
     @model_validator(mode="after")
@@ -64,6 +75,11 @@ class Entry(Section):
             raise ValueError(f"log_uniform begins at {self.log_uniform[0]}: both ends are above 0")
         if self.normal is not None and self.normal[1] <= 0.0:
             raise ValueError(f"the standard deviation {self.normal[1]} must be above 0")
+        if self.repeats is not None and self.when:
+            raise ValueError("repeats has no condition")
+        listed = self.grid or self.choice or ()
+        if twice := [value for place, value in enumerate(listed) if value in listed[:place]]:
+            raise ValueError(f"{twice[0]!r} is given twice")
         return self
 
     @property
@@ -72,19 +88,20 @@ class Entry(Section):
         return next(name for name in _KINDS if getattr(self, _FIELD.get(name, name)) is not None)
 
     @property
-    def finite(self) -> tuple[Value, ...] | None:
+    def finite(self) -> Sequence[Value] | None:
         """All its values, or None where they are a continuum."""
         if self.integer is not None:
-            return tuple(range(self.integer[0], self.integer[1] + 1))
+            return range(self.integer[0], self.integer[1] + 1)
         return self.grid if self.grid is not None else self.choice
 
     def holds(self, values: Mapping[str, Any]) -> bool:
         """Whether its condition is met by the values chosen so far."""
-        for key, wanted in self.when.items():
-            accepted = wanted if isinstance(wanted, tuple) else (wanted,)
-            if key not in values or values[key] not in accepted:
-                return False
-        return True
+        return all(key in values and values[key] in one_of(wanted) for key, wanted in self.when.items())
+
+
+def one_of(wanted: Value) -> tuple[Value, ...]:
+    """The values that a condition accepts: a list stands for any of its own, or for itself."""
+    return (wanted, *wanted) if isinstance(wanted, tuple) else (wanted,)
 
 
 _KINDS: tuple[Kind, ...] = ("choice", "grid", "uniform", "log_uniform", "int", "normal", "repeats")
@@ -125,7 +142,7 @@ class Bisection(Section):
 
 
 class Halving(Section):
-    """`[sweep.asha]`: asynchronous successive halving, and `[sweep.median]`'s grace."""
+    """`[sweep.asha]`: when the schedulers `asha` (successive halving) and `median` stop a trial."""
 
     grace_steps: int = Field(default=1, ge=1, description="steps that every trial may take")
     reduction_factor: float = Field(default=3.0, gt=1.0, description="asha: one in so many goes on")
@@ -157,20 +174,19 @@ class Sweep(Section):
         for key, item in self.space.items():
             if isinstance(item, Entry) and item.repeats is not None and key != "seed":
                 raise ValueError(f"space.{key}: repeats is for seed alone")
+            if key.partition(".")[0] in ("workload", "sweep"):
+                raise ValueError(f"space.{key}: all trials of a sweep have it in common")
         entries = self.entries
         for key, entry in entries.items():
-            for other in entry.when:
-                if other not in entries:
-                    raise ValueError(f"space.{key}: when: {other!r} is not searched{nearest(other, entries)}")
-                if entry.grid is not None and entries[other].grid is None and self.searcher != "grid":
-                    raise ValueError(
-                        f"space.{key}: a grid entry's condition must be on a grid entry, not {other!r}"
-                    )
+            self._check_condition(key, entry)
         self.order  # noqa: B018 (raises where conditions go round in circles)
         if self.searcher == "grid" and (wide := [k for k, e in entries.items() if e.finite is None]):
             raise ValueError(
                 f"searcher = 'grid' needs finite entries; {wide[0]!r} has infinitely many values"
             )
+        if self.searcher == "cmaes" and all(e.when or e.choice or e.grid for e in entries.values()):
+            raise ValueError("searcher = 'cmaes' needs a number that every trial has; 'tpe' takes any space")
+        self._check_baseline()
         if self.searcher == "bisect":
             self._check_bisection()
         elif self.bisect is not None:
@@ -190,38 +206,65 @@ class Sweep(Section):
             )
         return self
 
+    def _check_condition(self, key: str, entry: Entry) -> None:
+        for other, wanted in entry.when.items():
+            asked = self.entries.get(other)
+            if asked is None:
+                hint = nearest(other, self.entries)
+                raise ValueError(f"space.{key}: when: {other!r} is not searched{hint}")
+            if entry.grid is not None and asked.grid is None and self.searcher != "grid":
+                raise ValueError(
+                    f"space.{key}: a grid entry's condition must be on a grid entry, not {other!r}"
+                )
+            listed = wanted if isinstance(wanted, tuple) and wanted not in (asked.finite or ()) else (wanted,)
+            for value in listed:
+                _check_value(f"space.{key}: when", other, asked, value)
+
+    def _check_baseline(self) -> None:
+        known = {**self.entries, **self.constants}
+        for key, value in self.baseline.items():
+            if key not in known:
+                raise ValueError(f"baseline: {key!r} is not in the space{nearest(key, known)}")
+            if key in self.entries:
+                _check_value("baseline", key, self.entries[key], value)
+            elif value != self.constants[key]:
+                raise ValueError(f"baseline: {key!r} is {self.constants[key]!r} in every trial")
+
     def _check_bisection(self) -> None:
         if self.bisect is None:
             raise ValueError("searcher = 'bisect' needs [sweep.bisect] with parameter = a key of the space")
-        entry = self.entries.get(self.bisect.parameter)
-        if entry is None or entry.kind not in ("uniform", "log_uniform", "int"):
-            hint = nearest(self.bisect.parameter, self.entries)
+        ordered = {k: e for k, e in self.entries.items() if e.kind in ("uniform", "log_uniform", "int")}
+        entry = ordered.get(self.bisect.parameter)
+        if entry is None:
+            hint = nearest(self.bisect.parameter, ordered)
             raise ValueError(
                 f"bisect.parameter = {self.bisect.parameter!r}: no uniform, log_uniform or int entry{hint}"
             )
+        if entry.when:
+            raise ValueError(f"space.{self.bisect.parameter}: the bisected entry has no condition")
         for key, other in self.entries.items():
             if key != self.bisect.parameter and other.grid is None:
                 raise ValueError(
                     f"space.{key}: beside the bisected entry there are grid entries and repeats alone"
                 )
 
-    @property
+    @cached_property
     def entries(self) -> dict[str, Entry]:
         """What is searched, without the seeds."""
         return {k: e for k, e in self.space.items() if isinstance(e, Entry) and e.repeats is None}
 
-    @property
+    @cached_property
     def constants(self) -> Values:
         """What every trial is set to."""
         return {k: v for k, v in self.space.items() if not isinstance(v, Entry)}
 
-    @property
+    @cached_property
     def repeats(self) -> int:
         """Seeds of a cell."""
         seed = self.space.get("seed")
         return seed.repeats or 1 if isinstance(seed, Entry) else 1
 
-    @property
+    @cached_property
     def order(self) -> tuple[str, ...]:
         """The searched keys, each behind those that its condition asks for.
 
@@ -238,7 +281,7 @@ class Sweep(Section):
             waiting = {k: e for k, e in waiting.items() if k not in ready}
         return tuple(done)
 
-    @property
+    @cached_property
     def strata(self) -> tuple[Values, ...]:
         """Every combination of the `grid` entries; of all entries for the searcher `grid`."""
         chosen = self.order if self.searcher == "grid" else [k for k in self.order if self.entries[k].grid]
@@ -260,3 +303,19 @@ class Sweep(Section):
         if self.trials is not None:
             return self.trials // self.repeats
         return len(self.strata) if self.searcher == "grid" else None
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """A copy that derives anew what follows from its fields."""
+        copy = super().model_copy(update=update, deep=deep)
+        for name in copy.__dict__.keys() - type(self).model_fields.keys():
+            del copy.__dict__[name]
+        return copy
+
+
+def _check_value(where: str, key: str, entry: Entry, value: Value) -> None:
+    """Refuses a value that an entry never has."""
+    if entry.finite is None:
+        raise ValueError(f"{where}: {key!r} is a continuum: hardly a trial has the value {value!r}")
+    if value not in entry.finite:
+        known = [] if entry.integer else [str(each) for each in entry.finite]
+        raise ValueError(f"{where}: {key!r} is never {value!r}{nearest(str(value), known)}")

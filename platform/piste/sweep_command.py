@@ -30,8 +30,13 @@ def execute(options: argparse.Namespace, fields: dict[str, Any]) -> int:
     """Plans, runs or continues a sweep; returns the exit code."""
     ledger = open_ledger()
     if options.resume is not None:
+        if options.dry_run:
+            raise BadInput("--dry-run goes with a recipe, not with --resume")
+        if options.extend < 0:
+            raise BadInput(f"--extend {options.extend}: a sweep never gets fewer trials")
         sweep_id = sweeping.resumable_sweep(ledger, options.resume, options.extend, fields)
     else:
+        fields |= running.ONE_WORKER if options.local else {}
         name, config = Path(options.recipe).stem, running.load_recipe(options.recipe, fields)
         if options.dry_run:
             plan = dry_run(ledger, name, config, local=options.local, fresh=options.fresh)

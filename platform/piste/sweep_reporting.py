@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import threading
 from collections.abc import Iterator, Sequence
@@ -12,6 +13,7 @@ from typing import Any, Literal, TextIO
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
+from rich.markup import escape
 from rich.progress_bar import ProgressBar as Bar
 from rich.table import Table
 from rich.text import Text
@@ -25,7 +27,7 @@ from piste.reporting import cell
 from piste.schedule import Counts, Schedule
 from piste.space import Sweep
 from piste.sweeping import Tell
-from piste.trials import Trial, Work, converged
+from piste.trials import Planned, Trial, Work, converged
 
 Budgets = Literal["all", "cells", "seconds"]
 TOP = 20
@@ -79,11 +81,13 @@ class SweepJsonLines:
 
 def _trial_line(trial: Trial) -> dict[str, Any]:
     line = {"trial": trial.number, "run": trial.run_id, "values": trial.values, "seed": trial.seed}
-    return line | {"outcome": trial.outcome, "objective": trial.value}
+    # JSON has no NaN.
+    value = trial.value if trial.value is not None and math.isfinite(trial.value) else None
+    return line | {"outcome": trial.outcome, "objective": value}
 
 
 def _live(name: str, section: Sweep, counts: Counts) -> RenderableType:
-    """Two lines: how far it is, and the best so far."""
+    """How far it is, what came of the trials, and the best so far."""
     line = Table.grid(padding=(0, 1))
     whole = Text(name, style="bold")
     ended = f"{counts.ended}/{counts.total}" if counts.total else str(counts.ended)
@@ -97,7 +101,7 @@ def _live(name: str, section: Sweep, counts: Counts) -> RenderableType:
         names = sweep_tables.headings(list(counts.best.values))
         values = ", ".join(f"{names[k]} {cell(v)}" for k, v in counts.best.values.items())
         best = f"best {section.metric} {cell(counts.best.value)}" + (f" at {values}" if values else "")
-    return Group(line, Text(f"  {', '.join(said)}; {best}"))
+    return Group(line, Text(f"  {', '.join(said)}"), Text(f"  {best}"))
 
 
 def duration(seconds: float) -> str:
@@ -163,13 +167,17 @@ def draw_all(ledger: Ledger, trials: Sequence[TrialRecord], section: Sweep, fold
 
 def print_dry_run(plan: DryRun, as_json: bool) -> None:
     """Prints what a sweep would compute."""
-    rows = [("compute", item, None) for item in plan.compute] + [("reuse", *pair) for pair in plan.reused]
+    rows: list[tuple[str, Planned, str | None]] = [("compute", item, None) for item in plan.compute]
+    rows += [("reuse", *pair) for pair in plan.reused] + [("fail", item, None) for item in plan.unfit]
     rows.sort(key=lambda row: row[1].trial.number)
-    total = None if plan.seconds is None else plan.seconds * len(plan.compute)
     if as_json:
-        trials = [{"do": do, **_trial_line(item.trial), "reuses": run} for do, item, run in rows]
-        cost = {"seconds_each": plan.seconds, "cpu_seconds": total, "basis": plan.basis, "later": plan.later}
-        print(json.dumps({"trials": trials, **cost, "at_a_time": plan.at_a_time}))
+        trials = [
+            {"do": do, "trial": item.trial.number, "values": item.trial.values, "seed": item.trial.seed}
+            | {"reuses": run, "error": item.run["error"]}
+            for do, item, run in rows
+        ]
+        cost = {"seconds_each": plan.seconds, "seconds": plan.total, "basis": plan.basis}
+        print(json.dumps({"trials": trials, "later": plan.later, **cost, "at_a_time": plan.at_a_time}))
         return
     console, table = Console(), Table(box=None, pad_edge=False, header_style="bold")
     names = sweep_tables.headings(
@@ -178,19 +186,21 @@ def print_dry_run(plan: DryRun, as_json: bool) -> None:
     for name in ("trial", *names.values(), "seed", ""):
         table.add_column(name, no_wrap=True)
     for _, item, run in rows[:LISTED]:
-        values = [cell(item.trial.values.get(key)) for key in names]
+        values = [escape(cell(item.trial.values.get(key))) for key in names]
         said = f"reuses {run}" if run else item.run["error"] or ""
-        table.add_row(str(item.trial.number), *values, str(item.trial.seed), said)
+        table.add_row(str(item.trial.number), *values, str(item.trial.seed), escape(said))
     console.print(table)
     if len(rows) > LISTED:
         console.print(f"... and {len(rows) - LISTED} more")
     later = {None: " and those that its results ask for", 0: ""}.get(
         plan.later, f" and {plan.later} that depend on their results"
     )
-    console.print(f"{len(plan.compute)} trials to compute{later}, {len(plan.reused)} reused")
-    if plan.seconds is None or total is None:
+    fail = f", {len(plan.unfit)} fail" if plan.unfit else ""
+    console.print(f"{len(plan.compute)} trials to compute{later}, {len(plan.reused)} reused{fail}")
+    if not plan.compute and not plan.later:
+        return
+    if plan.seconds is None or plan.total is None:
         console.print(f"no estimate: {plan.basis}")
         return
-    total += plan.seconds * (plan.later or 0)
-    wall = duration(total / plan.at_a_time)
+    wall = duration(plan.total / plan.at_a_time)
     console.print(f"about {wall} with {plan.at_a_time} at a time: {plan.seconds:.3g} s each ({plan.basis})")

@@ -20,7 +20,7 @@ from piste.errors import BadInput, cause
 from piste.home import home
 from piste.ledger import Ledger, TrialRecord, open_ledger
 from piste.ledger import Sweep as SweepRow
-from piste.running import load_recipe
+from piste.running import ONE_WORKER, load_recipe
 from piste.schedule import Schedule
 from piste.search import suggest, sweep_key
 from piste.space import Sweep
@@ -92,6 +92,7 @@ def sweep(
         PisteError: The sweep failed; it is recorded and can be resumed. A trial that fails does not.
     """
     dotted = {key.replace("__", "."): value for key, value in overrides.items()}
+    dotted |= ONE_WORKER if local else {}
     if isinstance(recipe, Recipe):
         recipe_name, table = recipe.workload, override(recipe.model_dump(), dotted)
         config = validate(type(recipe), table, recipe_name)
@@ -207,7 +208,7 @@ def execute_sweep(
             else:
                 from piste import tuning
 
-                tuning.run(schedule, config.resources, tell)
+                tuning.run(schedule, tell)
         end("finished", schedule.stopped_by())
     except KeyboardInterrupt:
         end("interrupted", "interrupted by the user")
@@ -281,6 +282,8 @@ def resumable_sweep(
     Raises:
         BadInput: It lacks nothing, or cannot be extended so.
     """
+    if extend < 0:
+        raise BadInput(f"extend = {extend}: a sweep gets no fewer trials than it has")
     row = ledger.sweeps.get(sweep_id)
     model = catalog.load_workload(row.workload).Config
     if longer:

@@ -86,7 +86,7 @@ class Planner:
 
     def trials(self, cell: int, suggestion: Suggestion) -> list[Trial]:
         """The trials of a cell, not yet run."""
-        first = int(suggestion.values.get("seed", self._row.config["seed"]))
+        first = int(suggestion.values.get("seed", self.base["seed"]))
         numbers = range(cell * self._repeats, (cell + 1) * self._repeats)
         return [
             Trial(

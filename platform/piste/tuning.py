@@ -48,18 +48,18 @@ from piste.workload import Run
 OBJECTIVE, STEP = "objective", "step"
 
 
-def run(schedule: Schedule, resources: Resources, tell: Tell) -> None:
+def run(schedule: Schedule, tell: Tell) -> None:
     """Executes a sweep on the recipe's cluster, or on a local Ray.
 
     Args:
         schedule: The sweep.
-        resources: What one trial gets.
         tell: Called when work has started or ended.
 
     Raises:
         BadInput: The resources cannot be had.
         PisteError: Tune itself failed.
     """
+    resources = schedule.resources
     with training.cluster(resources):
         fits = capacity(schedule.section, resources)
         writer = training.start_writer(schedule.ledger.url)

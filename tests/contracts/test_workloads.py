@@ -1,7 +1,8 @@
 """The battery for workloads: every one that the catalog finds, with a small configuration.
 
 A workload module declares `test_settings`: dotted overrides that make a run of its defaults last six
-steps and a second at most, with a checkpoint every two; `{text}` in a value stands for a small text file.
+steps and a second at most, with a checkpoint every two; `{text}` in a value stands for a small text file,
+`{model}` for a tiny pre-trained model.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 
 import pytest
 from tests.platform.driving import assert_same_weights, write
+from tests.workloads.tiny_llama import save_tiny_llama
 
 import piste
 from piste import catalog
@@ -34,8 +36,11 @@ def small(tmp_path: Path, no_view: None) -> Callable[[str], Recipe]:
     def make(name: str) -> Recipe:
         module = catalog.load_workload(name)
         assert hasattr(module, "test_settings"), f"{module.__name__} must declare test_settings"
+        places = {"text": text}
+        if "{model}" in module.test_settings.values():
+            places["model"] = save_tiny_llama(tmp_path / "model")
         settings = {
-            key: value.format(text=text) if isinstance(value, str) else value
+            key: value.format(**places) if isinstance(value, str) else value
             for key, value in module.test_settings.items()
         }
         settings |= {"tracking.system_metrics": False, "workload": name}

@@ -239,6 +239,7 @@ def test_ls_shows_all_kinds_and_imports_nothing_heavy(piste_home: Path) -> None:
         "workloads",
         "optimizers",
         "recipes",
+        "studies",
     ]
     summaries = dict(line.split(maxsplit=1) for line in lines if line.startswith("  "))
     assert summaries["quadratic"].startswith("A quadratic bowl with a known minimum")

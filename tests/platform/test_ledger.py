@@ -190,6 +190,48 @@ def test_a_newer_schema_is_refused(ledger: Ledger, tmp_path: Path) -> None:
     refused(lambda: Ledger(ledger.url), "has schema version 99, newer than", "upgrade piste")
 
 
+VERSION_1 = """
+CREATE TABLE meta ("key" VARCHAR NOT NULL, value VARCHAR NOT NULL, PRIMARY KEY ("key"));
+CREATE TABLE runs (
+    id VARCHAR NOT NULL, recipe VARCHAR NOT NULL, workload VARCHAR NOT NULL, seed INTEGER NOT NULL,
+    config JSON NOT NULL, provenance JSON NOT NULL, identity VARCHAR NOT NULL, cell VARCHAR NOT NULL,
+    directory VARCHAR NOT NULL, status VARCHAR NOT NULL, attempt INTEGER NOT NULL, driver VARCHAR,
+    created DOUBLE NOT NULL, finished DOUBLE, error VARCHAR, recomputed_different INTEGER NOT NULL,
+    PRIMARY KEY (id)
+);
+CREATE TABLE metrics (
+    id INTEGER NOT NULL, run_id VARCHAR NOT NULL, "key" VARCHAR NOT NULL, step BIGINT NOT NULL, value DOUBLE,
+    special VARCHAR, timestamp BIGINT NOT NULL, PRIMARY KEY (id), UNIQUE (run_id, "key", step),
+    FOREIGN KEY(run_id) REFERENCES runs (id)
+);
+INSERT INTO meta VALUES ('schema_version', '1');
+INSERT INTO runs VALUES (
+    'old', 'r', 'quadratic', 0, '{}', '{"code_version": "c"}', 'i', 'c', '/nowhere', 'failed', 1, NULL,
+    1.0, 2.0, 'why', 0
+);
+INSERT INTO metrics VALUES (1, 'old', 'loss', 3, 0.5, NULL, 7);
+"""
+
+
+def test_a_ledger_from_before_sweeps_is_upgraded_once_and_keeps_what_it_has(tmp_path: Path) -> None:
+    path = tmp_path / "old.db"
+    with sqlite3.connect(path) as connection:
+        connection.executescript(VERSION_1)
+    connection.close()
+    for _ in range(2):  # the second time there is nothing to upgrade
+        ledger = Ledger(f"sqlite:///{path}")
+        run = ledger.run("old")
+        assert (run.status, run.error, run.sweep_id, run.seconds) == ("failed", "why", None, 0.0)
+        assert ledger.provenance(run) == {"code_version": "c"}
+        assert ledger.history("old", "loss") == [(3, 0.5)]
+        assert ledger.sweeps.newest() == []
+    assert ledger.begin_attempt("old") == 2
+    ledger.set_status("old", "finished")
+    assert ledger.run("old").seconds >= 0.0
+    with pytest.raises(BadInput, match="no sweep has id 'x'"):
+        ledger.sweeps.get("x")
+
+
 def test_a_file_that_is_no_database_is_refused(tmp_path: Path) -> None:
     (tmp_path / "l.db").write_bytes(b"junk" * 4000)
     refused(lambda: Ledger(url(tmp_path / "l.db")), "file is not a database", "move the file away")

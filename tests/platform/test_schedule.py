@@ -218,6 +218,13 @@ def test_what_has_been_computed_is_taken_from_the_ledger(ledger: Ledger) -> None
     assert drive(ledger, third, fresh=True).counts.reused == 0
 
 
+def test_a_trial_that_ended_as_no_number_is_not_taken_from_the_ledger(ledger: Ledger) -> None:
+    drive(ledger, plan(ledger, trials=2), lambda values, seed: math.nan)
+    counts = drive(ledger, plan(ledger, trials=2)).counts
+    assert (counts.reused, counts.finished) == (0, 2)
+    assert drive(ledger, plan(ledger, trials=2)).counts.reused == 2
+
+
 def test_a_cell_that_was_recorded_in_part_is_completed(ledger: Ledger) -> None:
     undisturbed = plan(ledger)
     drive(ledger, undisturbed)
@@ -342,7 +349,7 @@ def test_a_diverged_cell_is_the_worst_for_the_searcher(ledger: Ledger) -> None:
 
     def edged(values: dict[str, Any], seed: int) -> float:
         lr = values["optimizer.lr"]
-        return math.nan if lr > 0.1 else -lr  # the nearer to the edge, the better
+        return math.nan if lr > 0.1 else abs(math.log10(lr) + 1.5)
 
     drive(ledger, sweep_id, edged)
     outcomes = [t.outcome for t in ledger.sweeps.trials(sweep_id)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -156,17 +157,20 @@ class Sweeps:
             return int(connection.execute(query).scalar_one())
 
     def reusable(self, identities: Sequence[str], metric: str) -> dict[str, tuple[str, int, float]]:
-        """Finished runs that are the same trial: `{identity: (run id, last step, last value of metric)}`."""
+        """Finished runs that are the same trial: `{identity: (run id, last step, last value of metric)}`.
+
+        A run whose metric ended as no finite number is none: whether it is tried again is the sweep's to say.
+        """
         found: dict[str, str] = {}
         with self._database.reading() as connection:
             for start in range(0, len(identities), CHUNK):
                 chunk = identities[start : start + CHUNK]
                 query = select(Run.identity, Run.id).where(Run.identity.in_(chunk), Run.status == "finished")
-                found |= {
-                    row.id: row.identity for row in connection.execute(query.order_by(Run.created.desc()))
-                }
-        values = self.objective(list(found), metric)
-        return {found[run_id]: (run_id, *last) for run_id, last in values.items()}
+                newest_last = connection.execute(query.order_by(Run.created))
+                found |= {row.identity: row.id for row in newest_last}
+        last = self.objective(list(found.values()), metric)
+        ended = {run_id: of_run for run_id, of_run in last.items() if math.isfinite(of_run[1])}
+        return {identity: (run_id, *ended[run_id]) for identity, run_id in found.items() if run_id in ended}
 
     def objective(self, run_ids: Sequence[str], key: str) -> dict[str, tuple[int, float]]:
         """The last step and value of a metric, for the runs that have it."""

@@ -40,8 +40,8 @@ class Model(Section):
         return self
 
 
-class Data(Section):
-    """`[data]`: a text, and the tokens that are made of it."""
+class Text(Section):
+    """`[data]` of a model that brings its own tokenizer: a text."""
 
     source: Source = Field(default="kjv", description="the King James Bible, a file, or the hub")
     path: Path | None = Field(default=None, description="source = file: a UTF-8 text")
@@ -50,7 +50,6 @@ class Data(Section):
     split: str = Field(default="train", description="source = hub: its split")
     column: str = Field(default="text", description="source = hub: its column of texts")
     max_characters: int = Field(default=100_000_000, ge=1, description="source = hub: where reading ends")
-    vocab_size: int = Field(default=2048, ge=256, description="byte-level BPE tokens; 256: plain bytes")
     validation_fraction: float = Field(default=0.05, gt=0.0, lt=1.0, description="the end of the text")
 
     @model_validator(mode="after")
@@ -61,6 +60,12 @@ class Data(Section):
             if self.source != source and value is not None:
                 raise ValueError(f'{key} is for source = "{source}", and source is "{self.source}"')
         return self
+
+
+class Data(Text):
+    """`[data]`: a text, and the tokens that are made of it."""
+
+    vocab_size: int = Field(default=2048, ge=256, description="byte-level BPE tokens; 256: plain bytes")
 
 
 class Train(Section):
@@ -90,14 +95,16 @@ class Train(Section):
         return self
 
 
-class Config(Recipe, frozen=True):
-    """Everything that a run of the workload `llm` is told."""
+class TextRecipe(Recipe):
+    """What every recipe has that trains a language model on a text."""
 
-    workload: str = "llm"
-    model: Model = Model()
-    data: Data = Data()
+    data: Text = Text()
     train: Train = Train()
-    init_from: Path | None = Field(default=None, description="fine-tuning: the folder of a checkpoint")
+
+    @property
+    def context(self) -> int:
+        """How many tokens the model sees."""
+        raise NotImplementedError
 
     @property
     def total_steps(self) -> int:
@@ -113,3 +120,17 @@ class Config(Recipe, frozen=True):
                 f"train.accumulate = {self.resources.workers} x {self.train.accumulate} = {parts}"
             )
         return self
+
+
+class Config(TextRecipe, frozen=True):
+    """Everything that a run of the workload `llm` is told."""
+
+    workload: str = "llm"
+    model: Model = Model()
+    data: Data = Data()
+    init_from: Path | None = Field(default=None, description="fine-tuning: the folder of a checkpoint")
+
+    @property
+    def context(self) -> int:
+        """How many tokens the model sees."""
+        return self.model.context

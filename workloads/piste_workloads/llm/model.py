@@ -119,7 +119,48 @@ class Block(nn.Module):
         return out_btd
 
 
-class GPT(nn.Module):
+class LanguageModel(nn.Module):
+    """What the training loop and the sampler ask of a model: `(batch, time)` tokens to logits.
+
+    Attributes:
+        context: How many tokens it sees.
+    """
+
+    context: int
+
+    @torch.no_grad()
+    def generate(
+        self, tokens_bt: Tensor, count: int, temperature: float, top_k: int, generator: torch.Generator
+    ) -> Tensor:
+        """Continues token sequences, one token at a time.
+
+        Args:
+            tokens_bt: The prompts `(batch, time)`, at least one token each; only the last `context` of
+                them are seen.
+            count: How many tokens to add.
+            temperature: Divides the logits; 0 takes the likeliest token.
+            top_k: Only the likeliest `top_k` tokens are drawn from; 0: all.
+            generator: The source of randomness, on the device of the tokens.
+
+        Returns:
+            `(batch, time + count)`.
+        """
+        was_training = self.training
+        self.eval()
+        for _ in range(count):
+            logits_bv = self(tokens_bt[:, -self.context :])[:, -1].float()
+            if temperature == 0.0:
+                chosen_b1 = logits_bv.argmax(dim=-1, keepdim=True)
+            else:
+                kept, index = logits_bv.topk(min(top_k or logits_bv.shape[1], logits_bv.shape[1]))
+                drawn = torch.multinomial((kept / temperature).softmax(dim=-1), 1, generator=generator)
+                chosen_b1 = index.gather(1, drawn)
+            tokens_bt = torch.cat((tokens_bt, chosen_b1), dim=1)
+        self.train(was_training)
+        return tokens_bt
+
+
+class GPT(LanguageModel):
     """The language model.
 
     Args:
@@ -130,6 +171,7 @@ class GPT(nn.Module):
     def __init__(self, config: Model, vocab_size: int) -> None:
         super().__init__()
         self.config = config
+        self.context = config.context
         self.token_embedding = nn.Embedding(vocab_size, config.width)
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList([Block(config) for _ in range(config.layers)])
@@ -174,37 +216,6 @@ class GPT(nn.Module):
             x_btd = block(x_btd, cosine, sine)
         logits_btv: Tensor = self.head(self.final_norm(x_btd))
         return logits_btv
-
-    @torch.no_grad()
-    def generate(
-        self, tokens_bt: Tensor, count: int, temperature: float, top_k: int, generator: torch.Generator
-    ) -> Tensor:
-        """Continues token sequences, one token at a time.
-
-        Args:
-            tokens_bt: The prompts `(batch, time)`, at least one token each; only the last `context` of
-                them are seen.
-            count: How many tokens to add.
-            temperature: Divides the logits; 0 takes the likeliest token.
-            top_k: Only the likeliest `top_k` tokens are drawn from; 0: all.
-            generator: The source of randomness, on the device of the tokens.
-
-        Returns:
-            `(batch, time + count)`.
-        """
-        was_training = self.training
-        self.eval()
-        for _ in range(count):
-            logits_bv = self(tokens_bt[:, -self.config.context :])[:, -1].float()
-            if temperature == 0.0:
-                chosen_b1 = logits_bv.argmax(dim=-1, keepdim=True)
-            else:
-                kept, index = logits_bv.topk(min(top_k or logits_bv.shape[1], logits_bv.shape[1]))
-                drawn = torch.multinomial((kept / temperature).softmax(dim=-1), 1, generator=generator)
-                chosen_b1 = index.gather(1, drawn)
-            tokens_bt = torch.cat((tokens_bt, chosen_b1), dim=1)
-        self.train(was_training)
-        return tokens_bt
 
 
 def cross_entropy(logits_btv: Tensor, targets_bt: Tensor, reduction: str = "mean") -> Tensor:

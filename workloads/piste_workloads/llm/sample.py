@@ -10,7 +10,7 @@ import torch
 from piste.checkpoints import CheckpointError, load, load_model
 from piste.errors import BadInput
 from piste_workloads.llm.config import Config
-from piste_workloads.llm.model import GPT
+from piste_workloads.llm.model import GPT, LanguageModel
 from piste_workloads.llm.tokens import Tokenizer
 
 
@@ -43,14 +43,6 @@ def sample(
         BadInput: An option outside its range.
         CheckpointError: There is no checkpoint, or of another architecture.
     """
-    for name, value, least in (
-        ("tokens", tokens, 1),
-        ("count", count, 1),
-        ("temperature", temperature, 0),
-        ("top_k", top_k, 0),
-    ):
-        if not value >= least:
-            raise BadInput(f"sample: {name} = {value} must be at least {least}")
     state = load(checkpoint)
     if "tokenizer" not in state:
         raise CheckpointError(f"checkpoint {checkpoint}: not one of the workload llm")
@@ -61,7 +53,7 @@ def sample(
 
 
 def generate_rows(
-    model: GPT,
+    model: LanguageModel,
     tokenizer: Tokenizer,
     count: int,
     tokens: int,
@@ -70,8 +62,20 @@ def generate_rows(
     temperature: float = 0.8,
     top_k: int = 40,
 ) -> list[dict[str, Any]]:
-    """As `sample`, from a model in memory and on its device."""
-    device = model.token_embedding.weight.device
+    """As `sample`, from a model in memory and on its device.
+
+    Raises:
+        BadInput: An option outside its range.
+    """
+    for name, value, least in (
+        ("tokens", tokens, 1),
+        ("count", count, 1),
+        ("temperature", temperature, 0),
+        ("top_k", top_k, 0),
+    ):
+        if not value >= least:
+            raise BadInput(f"sample: {name} = {value} must be at least {least}")
+    device = next(model.parameters()).device
     prompt_t = torch.tensor(tokenizer.encode(prompt or "\n").tolist(), device=device)
     generator = torch.Generator(device).manual_seed(seed)
     generated_bt = model.generate(prompt_t.expand(count, -1), tokens, temperature, top_k, generator)

@@ -14,7 +14,7 @@ from filelock import FileLock
 
 from piste.errors import BadInput, nearest
 from piste.home import home
-from piste_workloads.llm.config import Data
+from piste_workloads.llm.config import Text
 
 
 def cache() -> Path:
@@ -22,7 +22,7 @@ def cache() -> Path:
     return home() / "cache"
 
 
-def read_text(data: Data) -> str:
+def read_text(data: Text) -> str:
     """The whole text of a recipe's `[data]`; what is not a local file is cached as one.
 
     Raises:
@@ -98,7 +98,7 @@ def _king_james_bible() -> str:
     return text.replace("[", "").replace("]", "").strip() + "\n"
 
 
-def _hub(data: Data) -> Iterator[str]:
+def _hub(data: Text) -> Iterator[str]:
     """The texts of a data set of the Hugging Face hub, an empty line between them."""
     try:
         datasets = importlib.import_module("datasets")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -22,7 +23,7 @@ from filelock import FileLock
 from numpy.typing import NDArray
 
 from piste.errors import BadInput
-from piste_workloads.llm.config import Config
+from piste_workloads.llm.config import Data, TextRecipe
 from piste_workloads.llm.text import cache, read_text
 
 if TYPE_CHECKING:
@@ -49,9 +50,7 @@ class Tokenizer:
             from tokenizers import Tokenizer as BytePairEncoding
 
             self._bpe = BytePairEncoding.from_str(serialised)
-            # A byte-level token is written with one character a byte.
-            vocabulary = self._bpe.get_vocab()
-            lengths = [len(token) for token, _ in sorted(vocabulary.items(), key=lambda pair: pair[1])]
+            lengths = _byte_lengths(self._bpe)
         self.bytes_of = np.array(lengths, dtype=np.int64)
 
     def __str__(self) -> str:
@@ -70,7 +69,10 @@ class Tokenizer:
         parts = [np.empty(0, dtype=dtype)]
         pieces = _pieces(text)
         while some := list(islice(pieces, PIECES_AT_ONCE)):
-            parts += [np.array(piece.ids, dtype=dtype) for piece in self._bpe.encode_batch_fast(some)]
+            parts += [
+                np.array(piece.ids, dtype=dtype)
+                for piece in self._bpe.encode_batch_fast(some, add_special_tokens=False)
+            ]
         return np.concatenate(parts)
 
     def decode(self, tokens: Sequence[int]) -> str:
@@ -78,6 +80,21 @@ class Tokenizer:
         if self._bpe is None:
             return bytes(tokens).decode("utf-8", errors="replace")
         return str(self._bpe.decode(list(tokens)))
+
+
+def _byte_lengths(bpe: BytePairEncoding) -> list[int]:
+    """How many bytes of text each token stands for, by its number; 0 where there is no such token."""
+    vocabulary = bpe.get_vocab()
+    byte_level = "ByteLevel" in str(bpe.decoder)
+    lengths = [0] * (max(vocabulary.values()) + 1)
+    for token, number in vocabulary.items():
+        if byte_level:  # one character a byte
+            lengths[number] = len(token)
+        elif re.fullmatch("<0x[0-9A-F]{2}>", token):  # a byte that no other token has
+            lengths[number] = 1
+        else:  # SentencePiece writes a space as U+2581
+            lengths[number] = len(token.replace("\u2581", " ").encode("utf-8"))
+    return lengths
 
 
 def train_tokenizer(text: str, vocab_size: int) -> Tokenizer:
@@ -127,21 +144,22 @@ class Corpus:
     sha256: str
 
 
-def open_corpus(config: Config, tokenizer: str | None = None) -> Corpus:
+def open_corpus(config: TextRecipe, tokenizer: str | None = None) -> Corpus:
     """The tokens of a recipe's text: made once, then found in the cache; safe in many processes at once.
 
     Args:
         config: The recipe.
-        tokenizer: A checkpoint's tokenizer (fine-tuning); None: one is trained on the training part.
+        tokenizer: A pre-trained model's tokenizer (fine-tuning); None: one is trained on the training part.
 
     Raises:
         BadInput: The text cannot be read, is too short, or supports no such vocabulary.
     """
     text = read_text(config.data)
+    vocab_size = config.data.vocab_size if isinstance(config.data, Data) else None
     settings = {
         "format": FORMAT,
         "text": hashlib.sha256(text.encode("utf-8")).hexdigest(),
-        "vocab_size": config.data.vocab_size,
+        "vocab_size": vocab_size,
         "validation_fraction": config.data.validation_fraction,
         "tokenizer": tokenizer,
     }
@@ -158,10 +176,11 @@ def open_corpus(config: Config, tokenizer: str | None = None) -> Corpus:
     return Corpus(Tokenizer((folder / "tokenizer.json").read_text("utf-8")), train, validation, sha256)
 
 
-def _make(folder: Path, text: str, config: Config, serialised: str | None) -> None:
+def _make(folder: Path, text: str, config: TextRecipe, serialised: str | None) -> None:
     """Writes a corpus beside its place and renames it into it."""
     train, validation = split_text(text, config.data.validation_fraction)
     if serialised is None:
+        assert isinstance(config.data, Data)
         tokenizer = train_tokenizer(train, config.data.vocab_size)
     else:
         tokenizer = Tokenizer(serialised)
@@ -187,11 +206,11 @@ def split_text(text: str, validation_fraction: float) -> tuple[str, str]:
     return text[:cut], text[cut:]
 
 
-def _check_length(part: str, tokens: NDArray[np.unsignedinteger], config: Config) -> None:
-    needed = config.model.context + 1
+def _check_length(part: str, tokens: NDArray[np.unsignedinteger], config: TextRecipe) -> None:
+    needed = config.context + 1
     if len(tokens) < needed:
         raise BadInput(
-            f"data: the {part} part has {len(tokens)} tokens, and model.context = {config.model.context} "
+            f"data: the {part} part has {len(tokens)} tokens, and model.context = {config.context} "
             f"needs {needed}: use more text or a shorter context"
         )
 

@@ -17,8 +17,8 @@ from piste.checkpoints import MANIFEST, load, load_model
 from piste.errors import BadInput, PisteError
 from piste.workload import Run
 from piste_workloads.llm.batches import global_batch, validation_starts, windows
-from piste_workloads.llm.config import Config
-from piste_workloads.llm.model import GPT, cross_entropy
+from piste_workloads.llm.config import Config, TextRecipe
+from piste_workloads.llm.model import GPT, LanguageModel, cross_entropy
 from piste_workloads.llm.sample import generate_rows
 from piste_workloads.llm.schedule import lr_factor
 from piste_workloads.llm.tokens import Corpus, open_corpus
@@ -63,7 +63,22 @@ def _start(config: Config) -> tuple[dict[str, Any] | None, Corpus]:
 
 
 def train(config: Config, run: Run) -> None:
-    """Trains a model and leaves losses, samples and checkpoints behind.
+    """Trains a model from its start, or from a checkpoint of another run; leaves behind what `fit` does.
+
+    Raises:
+        BadInput: As `prepare_data`.
+        PisteError: As `fit`.
+        CheckpointError: The checkpoint of `init_from` is of another architecture.
+    """
+    pretrained, corpus = _start(config)
+    model = GPT(config.model, corpus.tokenizer.vocab_size)
+    if pretrained is not None:
+        load_model(model, pretrained["model"], f"init_from: {config.init_from}")
+    fit(config, run, model, corpus)
+
+
+def fit(config: TextRecipe, run: Run, model: LanguageModel, corpus: Corpus) -> None:
+    """Trains a language model on a text and leaves losses, samples and checkpoints behind.
 
     Logs `train/loss` (nats a token, mean over workers), `train/gradient_norm` (before clipping),
     `train/lr` (of the first group), `time/step_ms`, `time/optimizer_ms` (a step without its closures),
@@ -71,14 +86,8 @@ def train(config: Config, run: Run) -> None:
     `valid/bits_per_byte`.
 
     Raises:
-        BadInput: As `prepare_data`.
         PisteError: The loss has not been finite for `train.non_finite_steps` steps.
-        CheckpointError: The checkpoint of `init_from` is of another architecture.
     """
-    pretrained, corpus = _start(config)
-    model = GPT(config.model, corpus.tokenizer.vocab_size)
-    if pretrained is not None:
-        load_model(model, pretrained["model"], f"init_from: {config.init_from}")
     optimizer = build_optimizer(config.optimizer, model)
     # The recipe's learning rate of each group; the schedule multiplies it.
     lrs = [group.get("lr", 0.0) for group in optimizer.param_groups]
@@ -129,7 +138,12 @@ class _Step:
     """One optimizer step: the batch, the closure, and what is measured around them."""
 
     def __init__(
-        self, config: Config, run: Run, network: nn.Module, optimizer: torch.optim.Optimizer, corpus: Corpus
+        self,
+        config: TextRecipe,
+        run: Run,
+        network: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        corpus: Corpus,
     ) -> None:
         self._config = config
         self._run = run
@@ -143,7 +157,7 @@ class _Step:
         """Takes one step and returns its metrics."""
         train, run = self._config.train, self._run
         started = self._now()
-        context = self._config.model.context
+        context = self._config.context
         starts = global_batch(run.seed, step, train.batch, len(self._corpus.train) - context)
         micro_batches = [
             windows(self._corpus.train, part, context, run.device)
@@ -200,13 +214,13 @@ class _Step:
 
 
 @torch.no_grad()
-def validate(config: Config, run: Run, model: GPT, corpus: Corpus) -> dict[str, float]:
+def validate(config: TextRecipe, run: Run, model: LanguageModel, corpus: Corpus) -> dict[str, float]:
     """The loss on held-out windows, the same ones at every call, shared out over the workers.
 
     Returns:
         `valid/loss` in nats a token, and `valid/bits_per_byte`, which does not depend on the tokenizer.
     """
-    context, size = config.model.context, config.train.batch
+    context, size = config.context, config.train.batch
     starts = validation_starts(len(corpus.validation), context, config.train.validation_batches * size)
     mine = run.shard(starts)
     nats, count, text_bytes = 0.0, 0, 0
@@ -224,7 +238,7 @@ def validate(config: Config, run: Run, model: GPT, corpus: Corpus) -> dict[str, 
     return {"valid/loss": nats / tokens, "valid/bits_per_byte": nats / math.log(2.0) / total_bytes}
 
 
-def precision(config: Config, device: torch.device) -> AbstractContextManager[Any]:
+def precision(config: TextRecipe, device: torch.device) -> AbstractContextManager[Any]:
     """The autocast of the forward pass: bfloat16 where the recipe asks for it or the GPU has it.
 
     Raises:
@@ -238,7 +252,7 @@ def precision(config: Config, device: torch.device) -> AbstractContextManager[An
     return torch.autocast(device.type, dtype=torch.bfloat16) if wanted else nullcontext()
 
 
-def _state(model: GPT, optimizer: torch.optim.Optimizer, corpus: Corpus) -> dict[str, Any]:
+def _state(model: LanguageModel, optimizer: torch.optim.Optimizer, corpus: Corpus) -> dict[str, Any]:
     """A checkpoint's content; the data's position and the learning rate follow from the step."""
     return {
         "model": model.state_dict(),
