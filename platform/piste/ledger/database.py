@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
 from filelock import FileLock
-from sqlalchemy import Column, Connection, Engine, create_engine, event, func, insert, inspect, select, update
+from sqlalchemy import (
+    JSON,
+    Column,
+    Connection,
+    Engine,
+    create_engine,
+    event,
+    func,
+    insert,
+    inspect,
+    select,
+    update,
+)
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, DatabaseError, DBAPIError, NoSuchModuleError, OperationalError
@@ -70,6 +83,30 @@ class Database:
     def insert(self, table: type[Base]) -> Any:
         """An INSERT that knows ON CONFLICT, in the words of this database."""
         return (postgresql if self.engine.dialect.name == "postgresql" else sqlite).insert(table)
+
+    def insert_many(
+        self, connection: Connection, table: type[Base], rows: Sequence[Mapping[str, Any]]
+    ) -> None:
+        """Inserts rows that all have the same columns.
+
+        SQLite takes them past SQLAlchemy's handling of each parameter, which would cost more than the rows.
+        """
+        if not rows:
+            return
+        if connection.dialect.name != "sqlite":
+            connection.execute(insert(table), list(rows))
+            return
+        columns = [table.__table__.c[name] for name in rows[0]]
+        quoted = [connection.dialect.identifier_preparer.format_column(column) for column in columns]
+        places = ", ".join("?" * len(columns))
+        statement = f"INSERT INTO {table.__tablename__} ({', '.join(quoted)}) VALUES ({places})"
+        holds_json = [isinstance(column.type, JSON) for column in columns]
+        encode = json.JSONEncoder(allow_nan=False).encode
+        values = [
+            tuple(encode(v) if js else v for v, js in zip(row.values(), holds_json, strict=True))
+            for row in rows
+        ]
+        connection.exec_driver_sql(statement, values)
 
     @contextmanager
     def explained(self) -> Iterator[None]:

@@ -100,8 +100,7 @@ class Sweeps:
         """
         with self._database.writing() as connection:
             for table, rows in ((Run, runs), (Trial, trials), (Metric, metrics)):
-                if rows:
-                    connection.execute(insert(table), rows)
+                self._database.insert_many(connection, table, rows)
 
     def settle(
         self, sweep_id: str, trial: int, outcome: str, value: float | None, step: int | None = None
