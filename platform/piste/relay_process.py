@@ -70,7 +70,7 @@ def _status(ledger: Ledger, kind: Kind, name: str) -> str:
 
 def _follow(ledger_url: str, kind: Kind, name: str, uri: str) -> dict[str, Any]:
     """Relays until all is shown that has ended, or the driver is gone and nothing is left to push."""
-    os.nice(10)
+    os.nice(19)  # below the workers, to which Ray gives 15
     driver_gone = threading.Event()
 
     def until_the_driver_goes() -> None:

@@ -32,7 +32,6 @@ for _key, _value in {
 import ray
 import ray.train
 import torch
-from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 from ray.train import (
     FailureConfig,
     RunConfig,
@@ -42,90 +41,16 @@ from ray.train import (
     WorkerGroupError,
 )
 from ray.train.torch import TorchConfig, TorchTrainer
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from piste import catalog, tracking
-from piste.buffer import Send
 from piste.config import Recipe, Resources, validate
 from piste.errors import BadInput, PisteError, cause
-from piste.home import home
-from piste.ledger import Ledger, Message
+from piste.ledger import Ledger
 from piste.preflight import check_resources, cpus
 from piste.workload import Run
+from piste.writer import ask, start_writer, transport
 
-WRITER_SECONDS = 30.0
 NAMESPACE = "piste"
-
-
-class Writer:
-    """The only writer of a driver's runs, as an actor; every call may be repeated."""
-
-    def __init__(self, url: str) -> None:
-        self._ledger = Ledger(url)
-        self._failures: dict[str, str] = {}
-        self._packs: dict[str, Any] = {}
-
-    def apply(self, message: Message) -> int:
-        """Commits metrics; returns the acknowledgement."""
-        return self._ledger.apply(message)
-
-    def job(self, run_id: str) -> dict[str, Any]:
-        """What a worker is told of a run that it is to compute; earlier failures are forgotten."""
-        self._failures.pop(run_id, None)
-        row = self._ledger.run(run_id)
-        return {
-            "run_id": row.id,
-            "attempt": row.attempt,
-            "config": row.config,
-            "directory": row.directory,
-            "created": row.created,
-            "home": str(home()),
-        }
-
-    def begin_attempt(self, run_id: str) -> int:
-        """Begins the next attempt of a run; returns its number."""
-        return self._ledger.begin_attempt(run_id)
-
-    def failure(self, run_id: str) -> str | None:
-        """Why a run failed on its own account, if it did."""
-        return self._failures.get(run_id)
-
-    def fail(self, run_id: str, message: str) -> None:
-        """Records that a run failed on its own account."""
-        self._failures[run_id] = message
-        self._ledger.set_status(run_id, "failed", message)
-
-    def finish(self, run_id: str) -> None:
-        """Records that a run has ended well."""
-        self._ledger.set_status(run_id, "finished")
-
-    def keep(self, name: str, work: Any) -> None:
-        """Keeps a pack until it is fetched."""
-        self._packs[name] = work
-
-    def pack(self, name: str) -> Any:
-        """A pack that is to be computed; None where one trial is."""
-        return self._packs.get(name)
-
-    def record(self, name: str, rows: Any) -> None:
-        """Records a computed pack, once, and forgets what it was made of."""
-        if self._packs.pop(name, None) is not None:
-            self._ledger.sweeps.record(*rows)
-
-
-def start_writer(url: str) -> Any:
-    """The writer of a ledger, on this driver's node."""
-    here = ray.get_runtime_context().get_node_id()
-    return (
-        ray.remote(Writer)
-        .options(
-            num_cpus=0,
-            max_restarts=-1,
-            max_task_retries=-1,
-            scheduling_strategy=NodeAffinitySchedulingStrategy(here, soft=False),
-        )
-        .remote(url)
-    )
 
 
 class RayRun(Run):
@@ -322,29 +247,6 @@ def _reason(error: TrainingFailedError) -> str:
         last = str(failure).strip().splitlines()[-1]
         return f"worker {rank} died too often: {last}: `piste resume` continues from the last checkpoint"
     return str(error).strip().splitlines()[-1]
-
-
-def transport(writer: Any) -> Send:
-    """Delivers messages to the writer's actor, however often it is restarted."""
-
-    def send(message: Message) -> int:
-        return int(ask(writer.apply.remote(message)))
-
-    return send
-
-
-def ask(reference: Any) -> Any:
-    """The writer's answer.
-
-    Raises:
-        PisteError: It refuses, or does not answer in time.
-    """
-    try:
-        return ray.get(reference, timeout=WRITER_SECONDS)
-    except RayTaskError as error:
-        raise PisteError(str(error.cause)) from error
-    except (RayError, GetTimeoutError) as error:
-        raise PisteError(f"the ledger's writer does not answer: {error}") from error
 
 
 def _work(job: Mapping[str, Any]) -> None:

@@ -36,16 +36,15 @@ from ray.tune.progress_reporter import TrialProgressCallback
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
 from ray.tune.search import Searcher
 
-from piste import catalog, packing
+from piste import catalog, packing, trial_process
 from piste.config import Recipe, Resources, validate
-from piste.errors import BadInput, PisteError, cause
+from piste.errors import BadInput, PisteError
 from piste.schedule import Schedule
 from piste.space import Sweep
 from piste.sweeping import Tell
-from piste.trials import Work, compute_pack
-from piste.workload import Run
-
-OBJECTIVE, STEP = "objective", "step"
+from piste.trial_process import OBJECTIVE, STEP
+from piste.trials import Work
+from piste.writer import ask, start_writer
 
 
 def run(schedule: Schedule, tell: Tell) -> None:
@@ -62,12 +61,12 @@ def run(schedule: Schedule, tell: Tell) -> None:
     resources = schedule.resources
     with training.cluster(resources):
         fits = capacity(schedule.section, resources)
-        writer = training.start_writer(schedule.ledger.url)
+        writer = start_writer(schedule.ledger.url)
         searcher = _LedgerSearcher(schedule, writer, tell)
         folder = Path(schedule.ledger.sweeps.get(schedule.sweep_id).directory) / "tune"
         os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(fits)
         distributed = resources.workers > 1
-        trial = _distributed if distributed else _alone
+        trial = _distributed if distributed else trial_process.compute
         needs = _needs(resources, distributed)
         tuner = tune.Tuner(
             tune.with_resources(tune.with_parameters(trial, writer=writer, section=schedule.section), needs),
@@ -198,7 +197,7 @@ class _LedgerSearcher(Searcher):
                 return Searcher.FINISHED if self.failure or self._schedule.ended else None
             name = work.trials[0].run_id
             if work.packed:
-                training.ask(self._writer.keep.remote(name, work))
+                ask(self._writer.keep.remote(name, work))
             self._work[trial_id] = work
             self._tell("started", work)
             return {"run": name}
@@ -230,16 +229,6 @@ class _LedgerSearcher(Searcher):
         """Nothing: the ledger has it."""
 
 
-class _TuneRun(Run):
-    """A workload's `Run` in a trial of one process."""
-
-    objective = ""
-
-    def _exchange(self, metrics: dict[str, float], step: int) -> None:
-        if self.objective in metrics:
-            tune.report({OBJECTIVE: metrics[self.objective], STEP: step})
-
-
 class _Report(TuneReportCallback):
     """Passes the objective of a Ray Train run on to Tune."""
 
@@ -254,55 +243,20 @@ class _Report(TuneReportCallback):
             super().after_report(run_context, [{OBJECTIVE: value, STEP: step}], None)
 
 
-def _alone(trial: Mapping[str, Any], writer: Any, section: Sweep) -> None:
-    """A trial of one process, or a pack; what it fails of stands in the ledger."""
-    name = trial["run"]
-    pack = training.ask(writer.pack.remote(name))
-    if pack is not None:
-        _packed(name, pack, writer, section)
-        return
-    job = training.ask(writer.job.remote(name))
-    os.environ["PISTE_HOME"] = job["home"]
-    try:
-        module = catalog.load_workload(job["config"]["workload"])
-        config: Recipe = validate(module.Config, job["config"], name)
-        attempt = training.ask(writer.begin_attempt.remote(name))
-        send, folder = training.transport(writer), Path(job["directory"])
-        run = _TuneRun(name, config, folder, send, attempt, created=job["created"])
-        run.objective = section.metric
-        try:
-            module.train(config, run)
-        finally:
-            run.close()
-    except Exception as error:
-        training.ask(writer.fail.remote(name, cause(error)))
-    else:
-        training.ask(writer.finish.remote(name))
-
-
-def _packed(name: str, pack: Work, writer: Any, section: Sweep) -> None:
-    try:
-        rows, measured = compute_pack(section, pack)
-        training.ask(writer.record.remote(name, rows))
-        tune.report({"measured": [tuple(each) for each in measured]})
-    except Exception as error:
-        tune.report({"failure": cause(error)})
-
-
 def _distributed(trial: Mapping[str, Any], writer: Any, section: Sweep) -> None:
     """A trial of several workers: drives its Ray Train run."""
     name = trial["run"]
-    job = training.ask(writer.job.remote(name))
+    job = ask(writer.job.remote(name))
     os.environ["PISTE_HOME"] = job["home"]
     module = catalog.load_workload(job["config"]["workload"])
     config: Recipe = validate(module.Config, job["config"], name)
 
     def failed() -> str | None:
-        answer: str | None = training.ask(writer.failure.remote(name))
+        answer: str | None = ask(writer.failure.remote(name))
         return answer
 
     failure = training.fit(job, config, writer, failed, [_Report(section.metric)]) or failed()
     if failure is None:
-        training.ask(writer.finish.remote(name))
+        ask(writer.finish.remote(name))
     else:
-        training.ask(writer.fail.remote(name, failure))
+        ask(writer.fail.remote(name, failure))

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-RAY = {"training.py", "tuning.py", "streaming.py", "jobs.py"}
+RAY = {"training.py", "tuning.py", "trial_process.py", "writer.py", "streaming.py", "jobs.py"}
 
 
 def imported(path: Path) -> set[str]:

@@ -1,0 +1,113 @@
+"""The ledger's writer as a Ray actor, and how processes on the cluster speak with it.
+
+It is the first thing that they all wait for, so its process imports little.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ray
+from ray.exceptions import GetTimeoutError, RayError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from piste.buffer import Send
+from piste.errors import PisteError
+from piste.home import home
+from piste.ledger import Ledger, Message
+
+WRITER_SECONDS = 30.0
+
+
+class Writer:
+    """The only writer of a driver's runs, as an actor; every call may be repeated."""
+
+    def __init__(self, url: str) -> None:
+        self._ledger = Ledger(url)
+        self._failures: dict[str, str] = {}
+        self._packs: dict[str, Any] = {}
+
+    def apply(self, message: Message) -> int:
+        """Commits metrics; returns the acknowledgement."""
+        return self._ledger.apply(message)
+
+    def job(self, run_id: str) -> dict[str, Any]:
+        """What a worker is told of a run that it is to compute; earlier failures are forgotten."""
+        self._failures.pop(run_id, None)
+        row = self._ledger.run(run_id)
+        return {
+            "run_id": row.id,
+            "attempt": row.attempt,
+            "config": row.config,
+            "directory": row.directory,
+            "created": row.created,
+            "home": str(home()),
+        }
+
+    def begin_attempt(self, run_id: str) -> int:
+        """Begins the next attempt of a run; returns its number."""
+        return self._ledger.begin_attempt(run_id)
+
+    def failure(self, run_id: str) -> str | None:
+        """Why a run failed on its own account, if it did."""
+        return self._failures.get(run_id)
+
+    def fail(self, run_id: str, message: str) -> None:
+        """Records that a run failed on its own account."""
+        self._failures[run_id] = message
+        self._ledger.set_status(run_id, "failed", message)
+
+    def finish(self, run_id: str) -> None:
+        """Records that a run has ended well."""
+        self._ledger.set_status(run_id, "finished")
+
+    def keep(self, name: str, work: Any) -> None:
+        """Keeps a pack until it is fetched."""
+        self._packs[name] = work
+
+    def pack(self, name: str) -> Any:
+        """A pack that is to be computed; None where one trial is."""
+        return self._packs.get(name)
+
+    def record(self, name: str, rows: Any) -> None:
+        """Records a computed pack, once, and forgets what it was made of."""
+        if self._packs.pop(name, None) is not None:
+            self._ledger.sweeps.record(*rows)
+
+
+def start_writer(url: str) -> Any:
+    """The writer of a ledger, on this driver's node."""
+    here = ray.get_runtime_context().get_node_id()
+    return (
+        ray.remote(Writer)
+        .options(
+            num_cpus=0,
+            max_restarts=-1,
+            max_task_retries=-1,
+            scheduling_strategy=NodeAffinitySchedulingStrategy(here, soft=False),
+        )
+        .remote(url)
+    )
+
+
+def transport(writer: Any) -> Send:
+    """Delivers messages to the writer's actor, however often it is restarted."""
+
+    def send(message: Message) -> int:
+        return int(ask(writer.apply.remote(message)))
+
+    return send
+
+
+def ask(reference: Any) -> Any:
+    """The writer's answer.
+
+    Raises:
+        PisteError: It refuses, or does not answer in time.
+    """
+    try:
+        return ray.get(reference, timeout=WRITER_SECONDS)
+    except RayTaskError as error:
+        raise PisteError(str(error.cause)) from error
+    except (RayError, GetTimeoutError) as error:
+        raise PisteError(f"the ledger's writer does not answer: {error}") from error
