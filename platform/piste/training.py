@@ -78,10 +78,15 @@ class RayRun(Run):
 
 
 @contextmanager
-def cluster(resources: Resources) -> Iterator[None]:
+def cluster(resources: Resources, dashboard: bool = False) -> Iterator[None]:
     """A connection to Ray: the recipe's cluster, or a local Ray that ends with the context.
 
     Inside another such context it is that one's.
+
+    Args:
+        resources: The recipe's `[resources]`.
+        dashboard: Start a local Ray with its dashboard, on loopback: without its state service Ray Train keeps
+            the processors of a run whose controller was killed.
 
     Raises:
         BadInput: Nothing answers at the address.
@@ -103,7 +108,7 @@ def cluster(resources: Resources) -> Iterator[None]:
             ray.init(
                 address="local",
                 num_cpus=cpus(),
-                include_dashboard=False,
+                include_dashboard=dashboard,
                 namespace=NAMESPACE,
                 log_to_driver=False,
                 logging_level=logging.ERROR,

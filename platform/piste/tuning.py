@@ -59,13 +59,13 @@ def run(schedule: Schedule, tell: Tell) -> None:
         PisteError: Tune itself failed.
     """
     resources = schedule.resources
-    with training.cluster(resources):
+    distributed = resources.workers > 1
+    with training.cluster(resources, dashboard=distributed):
         fits = capacity(schedule.section, resources)
         writer = start_writer(schedule.ledger.url)
         searcher = _LedgerSearcher(schedule, writer, tell)
         folder = Path(schedule.ledger.sweeps.get(schedule.sweep_id).directory) / "tune"
         os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(fits)
-        distributed = resources.workers > 1
         trial = _distributed if distributed else trial_process.compute
         needs = _needs(resources, distributed)
         tuner = tune.Tuner(

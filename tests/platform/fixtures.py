@@ -61,5 +61,5 @@ def local_ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with ExitStack() as stack:
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("PYTHONPATH", str(ROOT))
-            stack.enter_context(cluster(Resources()))
+            stack.enter_context(cluster(Resources(), dashboard=True))
         yield
