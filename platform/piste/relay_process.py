@@ -82,21 +82,19 @@ def _follow(ledger_url: str, kind: Kind, name: str, uri: str) -> dict[str, Any]:
     relay: Relay | SweepRelay | None = None
     give_up: float | None = None
     while True:
+        gone, terminal = driver_gone.is_set(), False  # before the step: what it then shows is all there is
+        with contextlib.suppress(PisteError):
+            terminal = _status(ledger, kind, name) in TERMINAL
         try:
             relay = relay or relay_of(ledger, kind, name, uri)
-            if relay.step():
+            if relay.step() or (gone and not terminal):
                 break
             give_up = None
         except Exception as error:
             print(f"{time.strftime('%H:%M:%S')} {type(error).__name__}: {error}", file=sys.stderr, flush=True)
-        terminal = False
-        with contextlib.suppress(PisteError):
-            terminal = _status(ledger, kind, name) in TERMINAL
-        ended = terminal or driver_gone.is_set()
-        if ended:
+        if gone or terminal:
             give_up = give_up or time.monotonic() + GRACE_SECONDS
-            # Of a run that has not ended only rows are owed; one that has is still to be closed in the view.
-            if time.monotonic() > give_up or (not terminal and relay and not relay.pending()):
+            if time.monotonic() > give_up:
                 break
             time.sleep(0.2)
         else:

@@ -85,8 +85,8 @@ def cluster(resources: Resources, dashboard: bool = False) -> Iterator[None]:
 
     Args:
         resources: The recipe's `[resources]`.
-        dashboard: Start a local Ray with its dashboard, on loopback: without its state service Ray Train keeps
-            the processors of a run whose controller was killed.
+        dashboard: Start a local Ray with its dashboard, on loopback: without its state service Ray Train
+            keeps the processors of a run whose controller was killed.
 
     Raises:
         BadInput: Nothing answers at the address.

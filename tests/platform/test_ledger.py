@@ -159,6 +159,16 @@ def test_a_live_drivers_run_cannot_be_claimed(ledger: Ledger) -> None:
     assert ledger.run("run").driver == me
 
 
+def test_a_pruned_run_stays_so_until_it_begins_again(ledger: Ledger) -> None:
+    ledger.begin_attempt("run")
+    ledger.set_status("run", "pruned")
+    ledger.set_status("run", "failed", "its worker was ended")
+    assert (ledger.run("run").status, ledger.run("run").error) == ("pruned", None)
+    ledger.begin_attempt("run")
+    ledger.set_status("run", "failed", "why")
+    assert (ledger.run("run").status, ledger.run("run").error) == ("failed", "why")
+
+
 def test_runs_are_found_by_the_beginning_of_their_id(ledger: Ledger) -> None:
     for name in ("run-2", "other", "per%cent"):
         ledger.create(id=name, **COLUMNS)

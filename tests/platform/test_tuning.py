@@ -10,7 +10,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 from tests.platform.driving import (
     PACED,
@@ -193,7 +192,8 @@ def test_a_sweep_whose_driver_was_ended_resumes_to_the_same_trials(
         assert time.monotonic() - pressed < 5.0
         assert f"piste sweep --resume {row.id}" in err
         assert row.status == "interrupted"
-    wait_until(lambda: not alive(without_relays(children)), "the end of Ray's processes", 60.0)
+    # Ray's agents notice after a minute that their raylet is gone.
+    wait_until(lambda: not alive(children), "the end of all processes", 120.0)
     (folder / "go").touch()
     code, out, err = end(start_piste(shown_home, "sweep", "--resume", row.id, "--json"))
     assert code == 0, err
@@ -201,7 +201,3 @@ def test_a_sweep_whose_driver_was_ended_resumes_to_the_same_trials(
     disturbed = told(ledger_of(shown_home), row.id)
     assert len(disturbed) == 12
     assert disturbed == undisturbed(shown_home, folder)
-
-
-def without_relays(processes: list[psutil.Process]) -> list[psutil.Process]:
-    return [p for p in processes if not any("piste.relay_process" in line for line in alive([p]))]

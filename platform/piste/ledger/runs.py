@@ -62,11 +62,15 @@ class Runs(Database):
             connection.execute(update(Run).where(Run.id == run_id).values(started=None))
 
     def set_status(self, run_id: str, status: str, error: str | None = None) -> None:
-        """Sets a run's status (`finished`, `failed`, `interrupted`, `pruned`) and when it ended."""
+        """Sets a run's status (`finished`, `failed`, `interrupted`, `pruned`) and when it ended.
+
+        A pruned run stays so, whatever its workers report while they are being ended.
+        """
         now = time.time()
         with self.writing() as connection:
             values = {"status": status, "error": error, "finished": now, **_clock(now), "started": None}
-            connection.execute(update(Run).where(Run.id == run_id).values(values))
+            ending = update(Run).where(Run.id == run_id, Run.status != "pruned")
+            connection.execute(ending.values(values))
 
     def apply(self, message: Message) -> int:
         """Commits a message and returns its sequence number: the acknowledgement.
