@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.platform.driving import write
-from tests.platform.test_tracking import end_server, free_port, start_server
+from tests.platform.driving import end_server, free_port, start_server, write
 
 from piste import tracking
 from piste.reporting import comparison_url

@@ -7,14 +7,11 @@ import math
 import os
 import shutil
 import signal
-import socket
 import sqlite3
 import statistics
 import subprocess
-import sys
 import threading
 import time
-import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,7 +19,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.platform.driving import wait_until
+from tests.platform.driving import end_server, free_port, start_server, wait_until
 
 from piste import relay_process, tracking
 from piste.buffer import MetricBuffer
@@ -326,12 +323,6 @@ def test_ordinary_names_stay_as_they_are() -> None:
         assert tracking.metric_name(name) == name
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def test_a_store_that_cannot_be_used_is_refused_before_the_start() -> None:
     for uri in ("file:///nowhere/x", "ftp://host/x", "mlruns"):
         with pytest.raises(BadInput, match=r"use an http\(s\) server or a database"):
@@ -354,30 +345,6 @@ def test_the_store_in_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://there")
     assert tracking.tracking_uri() == "http://there"
     assert tracking.tracking_uri("http://here") == "http://here"
-
-
-def start_server(store: Path, port: int) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", f"sqlite:///{store}"]
-    command += ["--artifacts-destination", str(store.parent / "served"), "--workers", "1"]
-    command += ["--host", "127.0.0.1", "--port", str(port)]
-    environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-    with (store.parent / "server.log").open("ab") as log:
-        server = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
-
-    def answers() -> bool:
-        try:
-            urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2).close()
-        except OSError:
-            return False
-        return True
-
-    wait_until(answers, "the MLflow server answers")
-    return server
-
-
-def end_server(server: subprocess.Popen[bytes]) -> None:
-    os.killpg(server.pid, signal.SIGKILL)
-    server.wait()
 
 
 @pytest.mark.slow

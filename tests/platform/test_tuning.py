@@ -16,8 +16,11 @@ from tests.platform.driving import (
     alive,
     descendants,
     end,
+    end_server,
+    free_port,
     ledger_of,
     start_piste,
+    start_server,
     steps_taken,
     wait_until,
     write,
@@ -201,3 +204,44 @@ def test_a_sweep_whose_driver_was_ended_resumes_to_the_same_trials(
     disturbed = told(ledger_of(shown_home), row.id)
     assert len(disturbed) == 12
     assert disturbed == undisturbed(shown_home, folder)
+
+
+@pytest.mark.slow
+def test_a_sweep_whose_tracking_server_was_killed_loses_nothing(shown_home: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "records"
+    port = free_port()
+    server = start_server(shown_home / "mlflow.db", port)
+    try:
+        process = start(shown_home, folder, "--local", "--tracking.uri", f"http://127.0.0.1:{port}")
+        wait_until(lambda: any(step == 13 for step, _ in steps_taken(folder)), "a trial at step 13", 60.0)
+    finally:
+        end_server(server)
+    (folder / "go").touch()
+    code, out, err = end(process)
+    assert code == 0, err
+    assert '"status": "finished"' in out
+    assert "piste sync" in err
+    [row] = ledger_of(shown_home).sweeps.newest()
+    server = start_server(shown_home / "mlflow.db", port)
+    try:
+        code, out, err = end(start_piste(shown_home, "sync"))
+        assert (code, out) == (0, "1 runs and sweeps in step with MLflow, 0 rows pending\n"), err
+    finally:
+        end_server(server)
+    shown = mlflow_trials(shown_home / "mlflow.db", row.id)
+    trials = ledger_of(shown_home).sweeps.trials(row.id)
+    assert shown == {str(t.number): t.value for t in trials}
+    assert told(ledger_of(shown_home), row.id) == undisturbed(shown_home, folder)
+
+
+def mlflow_trials(store: Path, sweep_id: str) -> dict[str, float | None]:
+    """The trials of a sweep that an MLflow store has, with their objectives; each may be there once."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=f"sqlite:///{store}")
+    experiments = [e.experiment_id for e in client.search_experiments()]
+    found = client.search_runs(experiments, f"tags.`piste.sweep_id` = '{sweep_id}'", max_results=1000)
+    trials = [run for run in found if "piste.trial" in run.data.tags]
+    by_number = {run.data.tags["piste.trial"]: run.data.metrics.get("train/loss") for run in trials}
+    assert len(by_number) == len(trials)
+    return by_number
