@@ -73,9 +73,9 @@ class Run(Base):
     config: Mapped[dict[str, Any]]
     provenance: Mapped[dict[str, Any]]
     identity: Mapped[str] = mapped_column(index=True)
-    cell: Mapped[str] = mapped_column(index=True)
+    cell: Mapped[str]
     directory: Mapped[str]
-    status: Mapped[str] = mapped_column(index=True)
+    status: Mapped[str]
     attempt: Mapped[int] = mapped_column(default=0)
     driver: Mapped[str | None]
     created: Mapped[float]
