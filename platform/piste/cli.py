@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit code (0, 1 failed, 2 bad input, 130 interrupted)."""
     parser = _parser()
-    options, rest = parser.parse_known_args(arguments)
+    words = _joined(sys.argv[1:] if arguments is None else arguments)
+    options, rest = parser.parse_known_args(words)
     try:
         fields = _fields(rest)
         if fields and options.command not in {"run", "sweep", "call"}:
@@ -126,6 +127,19 @@ def _parser() -> argparse.ArgumentParser:
     serving = add("ui", _ui, "MLflow's user interface on the store in use")
     serving.add_argument("--port", type=int, default=5000)
     return parser
+
+
+def _joined(words: Sequence[str]) -> list[str]:
+    """`--section.field VALUE` as `--section.field=VALUE`, so that no VALUE is taken for a recipe or a run."""
+    joined: list[str] = []
+    for word in words:
+        before = joined[-1] if joined else ""
+        field = before.startswith("--") and "." in before.partition("=")[0] and "=" not in before
+        if field and not word.startswith("--"):
+            joined[-1] = f"{before}={word}"
+        else:
+            joined.append(word)
+    return joined
 
 
 def _fields(rest: Sequence[str]) -> dict[str, Any]:

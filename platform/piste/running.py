@@ -144,20 +144,11 @@ def plan(ledger: Ledger, name: str, config: Recipe) -> str:
         BadInput: The data, the tracking URI or the resources cannot serve this recipe.
     """
     tracking.check(tracking.tracking_uri(config.tracking.uri))
-    module = catalog.load_workload(config.workload)
-    data = module.prepare_data(config) if hasattr(module, "prepare_data") else ""
-    code = provenance.code_version(provenance.code_packages(config))
+    code, data = origin(config)
     table = config.model_dump(mode="json")
     identity, cell = provenance.identify(table, code, data)
     run_id = f"{name}-{secrets.token_hex(3)}"
-    directory = home() / "runs" / run_id
-    try:
-        directory.mkdir(parents=True)
-        (directory / "recipe.toml").write_text(to_toml(config), encoding="utf-8")
-    except OSError as error:
-        raise BadInput(
-            f"{directory}: {error.strerror}: set PISTE_HOME to a place that can be written"
-        ) from None
+    directory = make_folder(home() / "runs" / run_id, config)
     ledger.create(
         id=run_id,
         recipe=name,
@@ -170,6 +161,33 @@ def plan(ledger: Ledger, name: str, config: Recipe) -> str:
         directory=str(directory),
     )
     return run_id
+
+
+def origin(config: Recipe) -> tuple[str, str]:
+    """The version of a recipe's code and the hash of its data, which is prepared.
+
+    Raises:
+        BadInput: The data cannot be prepared.
+    """
+    module = catalog.load_workload(config.workload)
+    data = module.prepare_data(config) if hasattr(module, "prepare_data") else ""
+    return provenance.code_version(provenance.code_packages(config)), data
+
+
+def make_folder(directory: Path, config: Recipe) -> Path:
+    """Makes the folder of a run or sweep, with its resolved recipe.
+
+    Raises:
+        BadInput: It cannot be written.
+    """
+    try:
+        directory.mkdir(parents=True)
+        (directory / "recipe.toml").write_text(to_toml(config), encoding="utf-8")
+    except OSError as error:
+        raise BadInput(
+            f"{directory}: {error.strerror}: set PISTE_HOME to a place that can be written"
+        ) from None
+    return directory
 
 
 def execute(ledger: Ledger, run_id: str, *, local: bool, observer: Observer | None = None) -> RunResult:

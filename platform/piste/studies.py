@@ -259,10 +259,7 @@ def reuse_or_run(
     config = running.load_recipe(recipe, dotted | (running.ONE_WORKER if local else {}))
     ledger = open_ledger()
     if not fresh:
-        module = catalog.load_workload(config.workload)
-        data = module.prepare_data(config) if hasattr(module, "prepare_data") else ""
-        code = provenance.code_version(provenance.code_packages(config))
-        identity, _ = provenance.identify(config.model_dump(mode="json"), code, data)
+        identity, _ = provenance.identify(config.model_dump(mode="json"), *running.origin(config))
         if same := ledger.sweeps.reusable([identity], metric):
             return running.result(ledger, same[identity][0])
     run_id = running.plan(ledger, Path(recipe).stem, config)

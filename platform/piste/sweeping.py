@@ -16,12 +16,12 @@ from typing import Any, Literal, Protocol
 
 from piste import catalog, packing, provenance, relay_process, tracking
 from piste.building import check_optimizer
-from piste.config import Recipe, override, to_toml, validate
+from piste.config import Recipe, override, validate
 from piste.errors import BadInput, cause
 from piste.home import home
 from piste.ledger import Ledger, TrialRecord, open_ledger
 from piste.ledger import Sweep as SweepRow
-from piste.running import ONE_WORKER, load_recipe
+from piste.running import ONE_WORKER, load_recipe, make_folder, origin
 from piste.schedule import Schedule
 from piste.search import suggest, sweep_key
 from piste.space import Sweep
@@ -113,18 +113,9 @@ def plan_sweep(ledger: Ledger, name: str, config: Recipe) -> str:
     """
     section = checked_section(name, config)
     tracking.check(tracking.tracking_uri(config.tracking.uri))
-    module = catalog.load_workload(config.workload)
-    data = module.prepare_data(config) if hasattr(module, "prepare_data") else ""
-    code = provenance.code_version(provenance.code_packages(config))
+    code, data = origin(config)
     sweep_id = f"{name}-sweep-{secrets.token_hex(3)}"
-    directory = home() / "sweeps" / sweep_id
-    try:
-        directory.mkdir(parents=True)
-        (directory / "recipe.toml").write_text(to_toml(config), encoding="utf-8")
-    except OSError as error:
-        raise BadInput(
-            f"{directory}: {error.strerror}: set PISTE_HOME to a place that can be written"
-        ) from None
+    directory = make_folder(home() / "sweeps" / sweep_id, config)
     ledger.sweeps.create(
         id=sweep_id,
         recipe=name,

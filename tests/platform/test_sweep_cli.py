@@ -376,3 +376,19 @@ def held(home: Path, records: Path) -> bool:
     trials = [trial for sweep in ledger.sweeps.newest() for trial in ledger.sweeps.trials(sweep.id)]
     waiting = {trial.values["pace.hold_at"] for trial in trials if trial.outcome is None}
     return len(steps) % 12 != 0 and waiting == {steps[-1][0]}
+
+
+def test_finished_trials_are_trained_longer_and_no_step_is_taken_twice(
+    command: Callable[..., tuple[str, str]],
+) -> None:
+    command("sweep", "{q}", "--local", "--json", "--sweep.pack", "false")
+    before = open_ledger().sweeps.trials(newest())
+    command("sweep", "--resume", newest(), "--problem.steps", "9", "--local", "--json")
+    after = open_ledger().sweeps.trials(newest())
+    assert [t.number for t in after] == [t.number for t in before]
+    for short, long in zip(before, after, strict=True):
+        assert (short.step, long.step, long.outcome) == (7, 10, "finished")
+        assert short.run_id == long.run_id
+        history = open_ledger().history(long.run_id, "train/loss")
+        assert [step for step, _ in history] == list(range(1, 11))
+        assert dict(history)[7] == short.value  # what it had computed stays
