@@ -96,7 +96,7 @@ class Schedule:
             most: The most trials of a pack.
         """
         # What is planned may all be there already.
-        while not self._queue and not self._exhausted() and self._plan(most):
+        while not self._queue and self.stopped_by() is None and self._plan(most):
             pass
         if not self._queue:
             return None
@@ -109,7 +109,7 @@ class Schedule:
     @property
     def ended(self) -> bool:
         """Whether nothing runs and nothing is left to start."""
-        left = None if self._exhausted() else next(self._ready(), None)
+        left = None if self.stopped_by() else next(self._ready(), None)
         return not self._running and not self._queue and left is None
 
     def settle(self, work: Work, failure: str | None = None, seconds: float = 0.0) -> None:
@@ -141,7 +141,14 @@ class Schedule:
             most = getattr(budget, name)
             if most is not None and amount >= most:
                 return f"budget.{name}: {amount:.0f} of {most:g} used"
+        if self._on_plateau():
+            return f"budget.plateau: {budget.plateau} cells without a better one"
         return None
+
+    @property
+    def reason(self) -> str | None:
+        """Why a sweep that has ended has not had all its trials; None where it has."""
+        return self.stopped_by() if next(self._ready(), None) is not None else None
 
     @cached_property
     def resources(self) -> Resources:
@@ -163,9 +170,6 @@ class Schedule:
         return int(steps)
 
     # -- planning -----------------------------------------------------------------------------------
-
-    def _exhausted(self) -> bool:
-        return self.stopped_by() is not None or self._on_plateau()
 
     def _on_plateau(self) -> bool:
         """Whether the last `budget.plateau` closed cells have brought nothing better."""

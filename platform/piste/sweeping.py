@@ -201,7 +201,7 @@ def execute_sweep(
                 from piste import tuning
 
                 tuning.run(schedule, tell)
-        end("finished", schedule.stopped_by())
+        end("finished", schedule.reason)
     except KeyboardInterrupt:
         end("interrupted", "interrupted by the user")
         relay.detach()

@@ -104,7 +104,7 @@ def drive(
             running.append(work)
         if not running:
             assert schedule.ended
-            ledger.sweeps.end(sweep_id, "finished", 0.0, schedule.stopped_by())
+            ledger.sweeps.end(sweep_id, "finished", 0.0, schedule.reason)
             return schedule
         assert not schedule.ended
         work = running.pop(order.randrange(len(running)) if order else 0)
@@ -355,6 +355,19 @@ def test_a_diverged_cell_is_the_worst_for_the_searcher(ledger: Ledger) -> None:
     outcomes = [t.outcome for t in ledger.sweeps.trials(sweep_id)]
     assert outcomes[:6].count("finished") < 6
     assert outcomes[30:].count("finished") > 15  # a random search has 15 of 30
+
+
+def test_a_sweep_says_why_it_ended_early_and_only_then(ledger: Ledger) -> None:
+    early = plan(ledger, trials=60, budget={"plateau": 4})
+    drive(ledger, early)
+    assert len(ledger.sweeps.trials(early)) < 60
+    assert ledger.sweeps.get(early).error == "budget.plateau: 4 cells without a better one"
+    whole = plan(
+        ledger, trials=6, budget={"plateau": 1}
+    )  # used up by the last cell, of which nothing is left
+    drive(ledger, whole, lambda values, seed: 1.0, fresh=True)
+    assert len(ledger.sweeps.trials(whole)) == 6
+    assert ledger.sweeps.get(whole).error is None
 
 
 @pytest.mark.parametrize("kind", ["seconds", "cpu_seconds"])
