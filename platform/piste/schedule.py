@@ -75,13 +75,12 @@ class Schedule:
         self._key = sweep_key(self.section, int(row.config["seed"]))
         self._strata = len(self.section.strata)
         self._limit = None if row.trials is None else row.trials // self.section.repeats
-        self._trials: dict[int, Trial] = {}
         self._cells: list[dict[int, list[Trial]]] = [{} for _ in range(self._strata)]
         self._position = [0] * self._strata
         self._closed = [0] * self._strata
         self._done = [False] * self._strata
         self._queue: deque[Work] = deque()
-        self._running: dict[int, Trial] = {}
+        self._running: set[int] = set()
         self._spent = row.seconds
         self._cost = 0.0
         self.counts = Counts(total=row.trials, started=time.monotonic())
@@ -101,8 +100,7 @@ class Schedule:
         if not self._queue:
             return None
         work = self._queue.popleft()
-        for trial in work.trials:
-            self._running[trial.number] = trial
+        self._running.update(trial.number for trial in work.trials)
         self.counts.running = len(self._running)
         return work
 
@@ -120,8 +118,7 @@ class Schedule:
             failure: Why its process died, or why a pack could not be computed.
             seconds: How long a pack has computed.
         """
-        for trial in work.trials:
-            self._running.pop(trial.number, None)
+        self._running.difference_update(trial.number for trial in work.trials)
         if work.packed:
             self._cost += seconds
             self._settle_pack(work, failure)
@@ -270,7 +267,6 @@ class Schedule:
 
     def _add(self, trial: Trial) -> None:
         stratum, place = trial.cell % self._strata, trial.cell // self._strata
-        self._trials[trial.number] = trial
         self._cells[stratum].setdefault(place, []).append(trial)
         while self._position[stratum] in self._cells[stratum]:
             self._position[stratum] += 1
@@ -399,7 +395,8 @@ class Schedule:
             for cell in cells.values():
                 if len(cell) < self.section.repeats:
                     whole = self._planner.trials(cell[0].cell, Suggestion(cell[0].values, cell[0].memory))
-                    lacking = [trial for trial in whole if trial.number not in self._trials]
+                    there = {trial.number for trial in cell}
+                    lacking = [trial for trial in whole if trial.number not in there]
                     for trial in lacking:
                         self._add(trial)
                     self._enqueue([self._planner.resolve(trial) for trial in lacking])
