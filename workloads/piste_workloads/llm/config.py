@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Literal, Self
 
@@ -95,16 +96,16 @@ class Train(Section):
         return self
 
 
-class TextRecipe(Recipe):
+class TextRecipe(Recipe, ABC):
     """What every recipe has that trains a language model on a text."""
 
     data: Text = Text()
     train: Train = Train()
 
     @property
+    @abstractmethod
     def context(self) -> int:
         """How many tokens the model sees."""
-        raise NotImplementedError
 
     @property
     def total_steps(self) -> int:
