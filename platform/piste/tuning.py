@@ -88,6 +88,7 @@ def run(schedule: Schedule, tell: Tell) -> None:
             _fit(tuner)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
+            ray.kill(writer)  # the cluster may outlive the sweep
         if searcher.failure is not None:
             raise searcher.failure
 
