@@ -1,4 +1,4 @@
-"""What came of a sweep: cells and their uncertainty, comparisons, tuning, importances, thresholds.
+"""What came of a sweep: cells and their uncertainty, comparisons, tuning, importances.
 
 The objective of a cell is its mean over the seeds that finished with a finite value. A *group* is what
 tuning is counted for: the cells with one value of the space's first `choice` or `grid` entry, of
@@ -12,12 +12,12 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from itertools import accumulate, pairwise, product
+from itertools import accumulate, product
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import betaincinv, stdtr, stdtrit
+from scipy.special import stdtr, stdtrit
 
 from piste.ledger.tables import TrialRecord
 from piste.space import Entry, Sweep, Values
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
 Interval = tuple[float, float]
 Mode = Literal["min", "max"]
-Converged = Callable[[TrialRecord], bool]
 Member = TypeVar("Member", "Cell", TrialRecord)
 
 CONFIDENCE = 0.95
@@ -302,7 +301,7 @@ def tuning(trials: Iterable[TrialRecord], section: Sweep) -> list[Group]:
     """How much tuning each group got, the group with the best cell first."""
     return [
         Group(name, tuple(members), sum(c.ended for c in members), sum(c.seconds for c in members))
-        for name, members in groups(cells(_ended(trials), section.mode), section).items()
+        for name, members in groups(cells(ended(trials), section.mode), section).items()
     ]
 
 
@@ -317,7 +316,7 @@ def equal_budgets(
         by: "cells": each group's first cells in number order, as many as the smallest group has.
             "seconds": those that fit the computing time of the group that took the least.
     """
-    in_order = sorted(cells(_ended(trials), section.mode), key=lambda c: c.number)
+    in_order = sorted(cells(ended(trials), section.mode), key=lambda c: c.number)
     totals = [
         [*zip(members, accumulate(1.0 if by == "cells" else c.seconds for c in members), strict=True)]
         for members in groups(in_order, section).values()
@@ -327,7 +326,8 @@ def equal_budgets(
     return [trial for trial in trials if trial.cell in kept]
 
 
-def _ended(trials: Iterable[TrialRecord]) -> list[TrialRecord]:
+def ended(trials: Iterable[TrialRecord]) -> list[TrialRecord]:
+    """Those that have ended, in the order of their numbers."""
     return sorted((t for t in trials if t.outcome is not None), key=lambda t: t.number)
 
 
@@ -341,10 +341,10 @@ class BestSoFar(NamedTuple):
 
 def best_so_far(trials: Iterable[TrialRecord], mode: Mode) -> BestSoFar:
     """The best single trial so far, in number order."""
-    ended = _ended(trials)
-    values = np.array([t.value if counts(t) else math.nan for t in ended], dtype=np.float64)
+    done = ended(trials)
+    values = np.array([t.value if counts(t) else math.nan for t in done], dtype=np.float64)
     best = (np.fmin if mode == "min" else np.fmax).accumulate(values)
-    return BestSoFar(np.arange(1, len(ended) + 1), np.cumsum([t.seconds for t in ended], dtype=float), best)
+    return BestSoFar(np.arange(1, len(done) + 1), np.cumsum([t.seconds for t in done], dtype=float), best)
 
 
 def times_to_target(
@@ -417,80 +417,3 @@ def _coded(entry: Entry, column: list[Any]) -> tuple[optuna.distributions.BaseDi
     if entry.integer is not None:
         return IntDistribution(min(column), max(column)), column
     return FloatDistribution(min(column), max(column), log=entry.log_uniform is not None), column
-
-
-class Probe(NamedTuple):
-    """One value of the bisected parameter: `converged` of `n` seeds, and that fraction's 95 % interval."""
-
-    value: float
-    converged: int
-    n: int
-    interval: Interval
-
-    @property
-    def fraction(self) -> float:
-        """Of its seeds, those that converged."""
-        return self.converged / self.n
-
-    @property
-    def converges(self) -> bool:
-        """Whether at least half of the seeds did."""
-        return 2 * self.converged >= self.n
-
-
-class Threshold(NamedTuple):
-    """The edge between runs that converge and runs that do not, for one combination of the other values.
-
-    Attributes:
-        values: The other values.
-        probes: In the order of the parameter.
-        bracket: The last probe that converges and the first that does not; None where all are alike.
-        threshold: The bracket's middle: geometric for a `log_uniform` entry, else arithmetic.
-    """
-
-    values: Values
-    probes: tuple[Probe, ...]
-    bracket: tuple[Probe, Probe] | None
-    threshold: float | None
-
-
-def clopper_pearson(successes: int, n: int) -> Interval:
-    """The exact 95 % interval of a probability (C. J. Clopper, E. S. Pearson 1934)."""
-    tail = (1.0 - CONFIDENCE) / 2.0
-    # low: P(at least k of n) = tail; high: P(at most k of n) = tail
-    low = 0.0 if successes == 0 else float(betaincinv(successes, n - successes + 1, tail))
-    high = 1.0 if successes == n else float(betaincinv(successes + 1, n - successes, 1.0 - tail))
-    return low, high
-
-
-def thresholds(trials: Iterable[TrialRecord], section: Sweep, converged: Converged) -> list[Threshold]:
-    """What the searcher `bisect` found.
-
-    Args:
-        trials: All trials; those that have not ended are left out.
-        section: The sweep's `[sweep]`, with `[sweep.bisect]`.
-        converged: Whether a trial that has ended converged.
-    """
-    assert section.bisect is not None
-    parameter = section.bisect.parameter
-    strata: dict[tuple[tuple[str, Any], ...], dict[float, list[bool]]] = {}
-    for trial in _ended(trials):
-        others = tuple((key, plain(value)) for key, value in trial.values.items() if key != parameter)
-        probes = strata.setdefault(others, {})
-        probes.setdefault(trial.values[parameter], []).append(converged(trial))
-    logarithmic = section.entries[parameter].log_uniform is not None
-    return [_threshold(dict(others), found, logarithmic) for others, found in strata.items()]
-
-
-def _threshold(values: Values, outcomes: Mapping[float, Sequence[bool]], logarithmic: bool) -> Threshold:
-    probes = tuple(
-        Probe(value, sum(seeds), len(seeds), clopper_pearson(sum(seeds), len(seeds)))
-        for value, seeds in sorted(outcomes.items())
-    )
-    # from the end that converges (where both ends do or do not, from the lower one)
-    walk = probes if probes[0].converges or not probes[-1].converges else probes[::-1]
-    bracket = next(((a, b) for a, b in pairwise(walk) if a.converges and not b.converges), None)
-    if bracket is None:
-        return Threshold(values, probes, None, None)
-    a, b = (probe.value for probe in bracket)
-    return Threshold(values, probes, bracket, math.sqrt(a * b) if logarithmic else (a + b) / 2.0)

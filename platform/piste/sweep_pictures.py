@@ -22,11 +22,13 @@ from matplotlib.ticker import LogLocator, MaxNLocator
 from numpy.typing import NDArray
 
 from piste import comparison
-from piste.comparison import Cell, Converged, Mode
+from piste.comparison import Cell, Mode
 from piste.ledger.tables import TrialRecord
 from piste.reporting import cell
 from piste.space import Entry, Sweep, Value
 from piste.sweep_tables import headings
+from piste.thresholds import Converged
+from piste.thresholds import thresholds as thresholds_of
 
 GREY = "0.7"
 ABSENT = -0.12  # where an axis of parallel coordinates has the cells without its key
@@ -307,7 +309,7 @@ def thresholds(
     """The fraction of seeds that converge against the bisected parameter, its bracket shaded."""
     if section.bisect is None:
         return None
-    found = comparison.thresholds(trials, section, converged)[:MOST_STRATA]
+    found = thresholds_of(trials, section, converged)[:MOST_STRATA]
     if not found:
         return None
     entry = section.entries[section.bisect.parameter]

@@ -20,13 +20,14 @@ from rich.text import Text
 
 from piste import sweep_pictures as pictures
 from piste import sweep_tables
-from piste.comparison import Threshold, equal_budgets, thresholds
+from piste.comparison import equal_budgets
 from piste.dry_run import DryRun
 from piste.ledger import Ledger, TrialRecord
 from piste.reporting import cell
 from piste.schedule import Counts, Schedule
 from piste.space import Sweep
 from piste.sweeping import Tell
+from piste.thresholds import Threshold, thresholds
 from piste.trials import Planned, Trial, Work, converged
 
 Budgets = Literal["all", "cells", "seconds"]

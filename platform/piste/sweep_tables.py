@@ -15,8 +15,6 @@ from rich.text import Text
 from piste.comparison import (
     Cell,
     Interval,
-    Probe,
-    Threshold,
     against_baseline,
     baselines,
     cells,
@@ -29,6 +27,7 @@ from piste.comparison import (
 from piste.ledger.tables import TrialRecord
 from piste.reporting import cell
 from piste.space import Sweep
+from piste.thresholds import Probe, Threshold
 
 Row = dict[str, Any]
 

@@ -14,12 +14,14 @@ from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.text import Text
-from tests.platform.test_comparison import bisected, bisection, converged, section, trial
+from tests.platform.test_comparison import section, trial
+from tests.platform.test_thresholds import bisected, bisection, converged
 
 from piste import sweep_pictures
-from piste.comparison import cells, clopper_pearson
+from piste.comparison import cells
 from piste.ledger.tables import TrialRecord
 from piste.space import Sweep
+from piste.thresholds import clopper_pearson
 
 NAMES = [f"optimizer_{i}" for i in range(19)] + ["some.package.with.a.LongName"]
 SPACE = {

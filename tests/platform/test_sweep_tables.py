@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 from rich.console import Console, RenderableType
-from tests.platform.test_comparison import bisected, bisection, converged, section, trial
+from tests.platform.test_comparison import section, trial
+from tests.platform.test_thresholds import bisected, bisection, converged
 
-from piste.comparison import thresholds
 from piste.ledger.tables import TrialRecord
 from piste.reporting import cell
 from piste.sweep_tables import (
@@ -25,6 +25,7 @@ from piste.sweep_tables import (
     thresholds_table,
     unequal,
 )
+from piste.thresholds import thresholds
 
 SPACE = {
     "optimizer.name": {"choice": ["adamw", "muon", "reg"]},
