@@ -18,6 +18,7 @@ from scipy import stats
 from tests.platform.driving import paced_recipe, steps_taken
 
 from piste import catalog, provenance
+from piste.cli import main
 from piste.errors import BadInput
 from piste.home import home
 from piste.ledger import open_ledger
@@ -339,3 +340,18 @@ def test_the_catalog_knows_the_studies() -> None:
 def test_a_verdict_carries_all_of_its_claim() -> None:
     said = set(Claim.__dataclass_fields__) - {"id", "measure"}
     assert said <= set(Verdict.__dataclass_fields__)
+
+
+@pytest.mark.usefixtures("no_view")
+@pytest.mark.parametrize(("expectation", "code"), [("supported", 0), ("refuted", 1)])
+def test_the_command_fails_where_an_outcome_is_not_as_recorded(
+    declare: Callable[..., str], capsys: pytest.CaptureFixture[str], expectation: str, code: int
+) -> None:
+    name = declare(claim(lambda lab: [0.1, 0.11, 0.09], expectation=expectation))
+    assert main(["study", name, "--local", "--json"]) == code
+    [verdict] = json.loads(capsys.readouterr().out)["verdicts"]
+    assert (verdict["outcome"], verdict["expectation"]) == ("supported", expectation)
+    assert main(["study", name, "--local"]) == code
+    assert "supported" in capsys.readouterr().out
+    assert main(["study", "no-such-study"]) == 2
+    assert capsys.readouterr().err.startswith("piste: unknown study 'no-such-study'")
