@@ -154,18 +154,18 @@ def table(verdicts: Sequence[Verdict]) -> Table:
     """The verdicts for the terminal; an outcome that is not the one on record is marked."""
     from rich.table import Table
 
-    made = Table(box=None, pad_edge=False, padding=(0, 1), header_style="bold")
-    for heading in ("claim", "verdict", "figure", "95 % interval", "claimed", "paper", "n", "runs"):
-        made.add_column(heading, justify="right" if heading in {"figure", "paper", "n", "runs"} else "left")
+    made = Table(box=None, pad_edge=False, padding=(0, 1), collapse_padding=True, header_style="bold")
+    for heading in ("claim", "verdict", "figure", "95 %", "claimed", "paper", "n", "runs"):
+        made.add_column(heading, justify="left" if heading in {"claim", "verdict", "claimed"} else "right")
     for verdict in verdicts:
         outcome = f"[{_COLOURS[verdict.outcome]}]{verdict.outcome}[/]"
         made.add_row(
-            verdict.claim,
-            outcome if verdict.expected else f"{outcome} [bold](expected: {verdict.expectation})[/]",
+            verdict.claim.replace("-", " "),  # a narrow terminal wraps it between its words
+            outcome if verdict.expected else f"{outcome}\n[bold]expected: {verdict.expectation}[/]",
             f"{verdict.figure:.4g}",
-            f"{verdict.interval[0]:.4g} to {verdict.interval[1]:.4g}",
+            "\n".join(f"{end:.4g}" for end in verdict.interval),
             f"{'<=' if verdict.direction == 'below' else '>='} {verdict.threshold:g} {verdict.unit}".strip(),
-            "not stated" if verdict.paper_figure is None else f"{verdict.paper_figure:g}",
+            "not\nstated" if verdict.paper_figure is None else f"{verdict.paper_figure:g}",
             str(verdict.seeds),
             str(verdict.budget.runs),
         )
