@@ -79,7 +79,7 @@ class RayRun(Run):
 
 @contextmanager
 def cluster(resources: Resources, dashboard: bool = False) -> Iterator[None]:
-    """A connection to Ray: the recipe's cluster, or a local Ray that ends with the context.
+    """A connection to Ray: the recipe's cluster, that of RAY_ADDRESS, or a local Ray that ends with the context.
 
     Inside another such context it is that one's.
 
@@ -95,10 +95,11 @@ def cluster(resources: Resources, dashboard: bool = False) -> Iterator[None]:
         yield
         return
     temporary = None
+    address = resources.address or os.environ.get("RAY_ADDRESS")  # Ray sets it inside a job
     try:
-        if resources.address is not None:
+        if address is not None:
             ray.init(
-                address=resources.address,
+                address=address,
                 namespace=NAMESPACE,
                 log_to_driver=False,
                 logging_level=logging.ERROR,
@@ -117,9 +118,9 @@ def cluster(resources: Resources, dashboard: bool = False) -> Iterator[None]:
             )
     except (ConnectionError, RuntimeError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0]
-        if resources.address is None:
+        if address is None:
             raise BadInput(f"a local Ray cannot be started: {reason}: try --local") from None
-        raise BadInput(f"resources.address {resources.address}: {reason}: is the cluster up?") from None
+        raise BadInput(f"the Ray cluster at {address}: {reason}: is it up?") from None
     try:
         yield
     finally:

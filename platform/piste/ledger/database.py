@@ -33,7 +33,7 @@ from piste.errors import PisteError
 from piste.home import home
 from piste.ledger.tables import Base, Meta, Run
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 BUSY_SECONDS = 30
 
 
@@ -226,7 +226,7 @@ def _migrate(write: Engine, url: str) -> None:
 
 
 def _upgrade(connection: Connection) -> None:
-    """Version 1, before sweeps, to version 2."""
+    """An older schema to this one: 1, before sweeps, lacks columns; 2, before jobs, a table alone."""
     present = {column["name"] for column in inspect(connection).get_columns(Run.__tablename__)}
     for column in Run.__table__.columns:
         if column.name not in present:

@@ -114,6 +114,32 @@ class Trial(Base):
     step: Mapped[int | None] = mapped_column(BigInteger)
 
 
+class Job(Base):
+    """A command that was sent to a Ray cluster; Ray forgets it with its head, the ledger does not.
+
+    Attributes:
+        id: Ray's submission id too.
+        request: What was asked for: verb, arguments, entrypoint, environment, resources, packages.
+        content: sha256 of the request and of the code that is sent: the same id with another is refused.
+        address: The cluster's dashboard.
+        session: Which life of the cluster's head took the job; another knows nothing of it.
+        status: `planned`, `sent`, `running`, then `succeeded`, `failed`, `stopped` or `lost`.
+        subject: The run, sweep or study that its driver has made.
+    """
+
+    __tablename__ = "jobs"
+    id: Mapped[str] = mapped_column(primary_key=True)
+    request: Mapped[dict[str, Any]]
+    content: Mapped[str]
+    address: Mapped[str]
+    session: Mapped[str | None]
+    status: Mapped[str] = mapped_column(index=True)
+    subject: Mapped[str | None]
+    created: Mapped[float]
+    finished: Mapped[float | None]
+    error: Mapped[str | None]
+
+
 class Metric(Base):
     """One value of one metric. `value` is NULL where it is not finite; `special` then says which."""
 
