@@ -1,44 +1,48 @@
-"""The database under the ledger: opening, migrating, and its errors in one line."""
+"""The database under the ledger: opening it, its transactions, and its errors in one line."""
 
 from __future__ import annotations
 
-import json
+import logging
 import os
-import sqlite3
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, nullcontext
+import re
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar
 
-from filelock import FileLock
-from sqlalchemy import (
-    JSON,
-    Column,
-    Connection,
-    Engine,
-    create_engine,
-    event,
-    func,
-    insert,
-    inspect,
-    select,
-    update,
-)
+from sqlalchemy import URL, Connection, Engine, create_engine, event, select
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import make_url
-from sqlalchemy.exc import ArgumentError, DatabaseError, DBAPIError, NoSuchModuleError, OperationalError
-from sqlalchemy.schema import CreateColumn
+from sqlalchemy.exc import ArgumentError, DBAPIError
+from sqlalchemy.orm import Session
 
-from piste.errors import PisteError
 from piste.home import home
-from piste.ledger.tables import Base, Meta, Run
+from piste.ledger import faults
+from piste.ledger.commits import Mark, leave_mark, was_committed
+from piste.ledger.faults import LedgerError, LostCall, explanation, is_lost, patiently
+from piste.ledger.migration import migrate
+from piste.ledger.tables import Base, Job, Run, Sweep
 
-SCHEMA_VERSION = 3
-BUSY_SECONDS = 30
+# A host that is cut off is noticed within half a minute, by both ends, and its open transaction then keeps
+# no one from writing. The server's times are in milliseconds, but for those of its keep-alive packets.
+_KEEP_ALIVE = {"keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 3}
+_SESSION = {
+    "idle_in_transaction_session_timeout": 20_000,
+    "lock_timeout": 1000 * faults.BUSY_SECONDS,
+    "tcp_user_timeout": 30_000,
+    **{f"tcp_{name}": value for name, value in _KEEP_ALIVE.items()},
+}
+_POSTGRESQL = {
+    "connect_timeout": 10,
+    "tcp_user_timeout": 30_000,
+    **_KEEP_ALIVE,
+    "options": " ".join(f"-c {name}={value}" for name, value in _SESSION.items()),
+}
+_USABLE = "use sqlite:///FILE or postgresql+psycopg://ROLE@HOST/DATABASE"
 
-
-class LedgerError(PisteError):
-    """The ledger cannot be opened, read or written."""
+Named = TypeVar("Named", Run, Sweep, Job)
 
 
 def default_url() -> str:
@@ -50,29 +54,45 @@ class Database:
     """One ledger database.
 
     Args:
-        url: Any SQLAlchemy URL; SQLite is put into WAL mode.
+        url: SQLite, which is put into WAL mode, or PostgreSQL.
+        patient: It was opened before, by another process: wait for it where it cannot be reached.
 
     Raises:
         LedgerError: It cannot be opened, is corrupt, or was written by a newer piste.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, patient: bool = False) -> None:
         self.url = url
-        try:
-            self.engine = _engine(url)
-            self._write = self.engine.execution_options(immediate=True)
-        except (ArgumentError, NoSuchModuleError, ImportError) as error:
-            raise LedgerError(
-                f"ledger {_shown(url)}: not a usable SQLAlchemy URL: {_one_line(error)}"
-            ) from None
-        with self.explained():
-            _migrate(self._write, url)
+        self.engine = _engine(url)
+        self._write = self.engine.execution_options(immediate=True)
+        self._is_known = patient
+        # Connections are not left to the garbage collector, which warns of them.
+        weakref.finalize(self, self.engine.dispose)
+        patiently(self._migrate)
+        self._is_known = True
+
+    @property
+    def name(self) -> str:
+        """Its URL, without a password."""
+        return _shown(self.url)
 
     @contextmanager
     def writing(self) -> Iterator[Connection]:
-        """A transaction that takes its lock at once."""
-        with self.explained(), self._write.begin() as connection:
-            yield connection
+        """A transaction that takes its lock at once; when this is left, it is committed."""
+        mark: Mark | None = None
+        with self.explained():
+            try:
+                with self._write.begin() as connection:
+                    yield connection
+                    mark = leave_mark(connection) if connection.dialect.name == "postgresql" else None
+            except DBAPIError:
+                # With its mark it was COMMIT that failed: of the acknowledgement alone, perhaps.
+                if mark is None or not patiently(partial(self._was_committed, mark)):
+                    raise
+
+    def _was_committed(self, mark: Mark) -> bool:
+        with self.reading() as connection:
+            return was_committed(connection, mark)
 
     @contextmanager
     def reading(self) -> Iterator[Connection]:
@@ -80,83 +100,82 @@ class Database:
         with self.explained(), self.engine.connect() as connection:
             yield connection
 
+    @contextmanager
+    def session(self) -> Iterator[Session]:
+        """A session for queries of whole rows."""
+        with self.explained(), Session(self.engine) as session:
+            yield session
+
+    def beginning(self, table: type[Named], row_id: str) -> Sequence[Named]:
+        """The row of that id, else the rows whose ids begin so, two at most."""
+        with self.session() as session:
+            exact = session.get(table, row_id)
+            query = select(table).where(table.id.startswith(row_id, autoescape=True)).limit(2)
+            return [exact] if exact is not None else session.scalars(query).all()
+
     def insert(self, table: type[Base]) -> Any:
         """An INSERT that knows ON CONFLICT, in the words of this database."""
         return (postgresql if self.engine.dialect.name == "postgresql" else sqlite).insert(table)
-
-    def insert_many(
-        self, connection: Connection, table: type[Base], rows: Sequence[Mapping[str, Any]]
-    ) -> None:
-        """Inserts rows that all have the same columns.
-
-        SQLite takes them past SQLAlchemy's handling of each parameter, which would cost more than the rows.
-        """
-        if not rows:
-            return
-        if connection.dialect.name != "sqlite":
-            connection.execute(insert(table), list(rows))
-            return
-        columns = [table.__table__.c[name] for name in rows[0]]
-        quoted = [connection.dialect.identifier_preparer.format_column(column) for column in columns]
-        places = ", ".join("?" * len(columns))
-        statement = f"INSERT INTO {table.__tablename__} ({', '.join(quoted)}) VALUES ({places})"
-        holds_json = [isinstance(column.type, JSON) for column in columns]
-        encode = json.JSONEncoder(allow_nan=False).encode
-        values = [
-            tuple(encode(v) if js else v for v, js in zip(row.values(), holds_json, strict=True))
-            for row in rows
-        ]
-        connection.exec_driver_sql(statement, values)
 
     @contextmanager
     def explained(self) -> Iterator[None]:
         """Turns a database's exception into one line with cause and fix."""
         try:
             yield
-        except OperationalError as error:
-            cause = _one_line(error.orig or error)
-            fixes = {
-                "locked": f"another process has held it for {BUSY_SECONDS} s; end it and try again",
-                "full": "free disk space, then `piste resume` continues",
-                "readonly": "make it writable, or set PISTE_HOME or PISTE_LEDGER to a place that is",
-                "unable to open": "set PISTE_HOME or PISTE_LEDGER to a place that can be written",
-                "i/o error": "the disk is full or failing; free space, then `piste resume` continues",
-            }
-            fix = next((fix for word, fix in fixes.items() if word in cause.lower()), "check PISTE_LEDGER")
-            raise LedgerError(f"ledger {_shown(self.url)}: {cause}: {fix}") from error
-        except DatabaseError as error:
-            cause = _one_line(error.orig or error)
-            damaged = "malformed" in cause or "not a database" in cause
-            fix = (
-                "move the file away (a new one is made) or restore a copy"
-                if damaged
-                else "check PISTE_LEDGER"
-            )
-            raise LedgerError(f"ledger {_shown(self.url)}: {cause}: {fix}") from error
+        except DBAPIError as error:
+            message = f"ledger {self.name}: {explanation(error)}"
+            lost = self._is_known and self.engine.dialect.name == "postgresql" and is_lost(error)
+            raise (LostCall if lost else LedgerError)(message) from error
+
+    def _migrate(self) -> None:
+        with self.explained():
+            migrate(self._write, self.url, self.name)
 
 
-def _one_line(error: object) -> str:
-    return str(error).strip().partition("\n")[0]
+def without_password(url: str) -> tuple[str, dict[str, str]]:
+    """A ledger's URL without its password, and the environment in which PostgreSQL's client finds that."""
+    given = make_url(url)
+    bare = given.difference_update_query(["password"])
+    if given.password is None and bare == given:
+        return url, {}
+    secret = given.password or given.query["password"]
+    plain = URL.create(bare.drivername, bare.username, None, bare.host, bare.port, bare.database, bare.query)
+    return plain.render_as_string(), {"PGPASSWORD": str(secret)}
 
 
 def _shown(url: str) -> str:
-    try:
-        return make_url(url).render_as_string(hide_password=True)
-    except ArgumentError:
-        return url
+    shown = re.sub(r"(:/*[^:@/]*):.*@", r"\1:***@", url)
+    return re.sub(r"password=[^&]*", "password=***", shown)
 
 
 def _engine(url: str) -> Engine:
-    parsed = make_url(url)
-    if parsed.get_backend_name() != "sqlite":
-        return create_engine(url, pool_pre_ping=True)
-    if parsed.database:
+    try:
+        parsed = make_url(url)
+    except (ArgumentError, ValueError):
+        raise LedgerError(f"ledger {_shown(url)}: not a URL: {_USABLE}") from None
+    if parsed.drivername in {"sqlite", "sqlite+pysqlite"}:
+        return _sqlite(parsed)
+    if parsed.drivername not in {"postgresql", "postgresql+psycopg"}:
+        raise LedgerError(f"ledger {_shown(url)}: not a database that piste knows: {_USABLE}")
+    logging.getLogger("psycopg").setLevel(logging.ERROR)  # it warns of what it then raises, too
+    chosen = {key: value for key, value in _POSTGRESQL.items() if key not in parsed.query}
+    try:
+        named = parsed.set(drivername="postgresql+psycopg")
+        return create_engine(named, pool_pre_ping=True, connect_args=chosen)
+    except ImportError as error:
+        cause = str(error).partition("\n")[0]
+        fix = "pip install 'piste[postgres]'"
+        raise LedgerError(f"ledger {_shown(url)}: psycopg is missing ({cause}): {fix}") from None
+
+
+def _sqlite(url: URL) -> Engine:
+    if url.database:
         try:
-            Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
+            Path(url.database).parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             fix = "set PISTE_HOME or PISTE_LEDGER to a place that can be written"
             raise LedgerError(f"ledger {url}: {error.strerror}: {fix}") from None
-    engine = create_engine(url, connect_args={"timeout": BUSY_SECONDS})
+    engine = create_engine(url, connect_args={"timeout": faults.BUSY_SECONDS})
 
     @event.listens_for(engine, "connect")
     def _manual_transactions(connection: Any, _record: Any) -> None:
@@ -170,69 +189,3 @@ def _engine(url: str) -> Engine:
         connection.exec_driver_sql("BEGIN IMMEDIATE" if immediate else "BEGIN")
 
     return engine
-
-
-@contextmanager
-def _alone(path: str, url: str) -> Iterator[None]:
-    """One process at a time, by a lock file beside the database."""
-    lock = FileLock(path, timeout=BUSY_SECONDS)
-    try:
-        lock.acquire()
-    except OSError as error:  # filelock's Timeout is one too
-        cause = error.strerror or f"{path} is held, or cannot be made"
-        fix = (
-            "end the process that holds it, or set PISTE_HOME or PISTE_LEDGER to a place that can be written"
-        )
-        raise LedgerError(f"ledger {_shown(url)}: {cause}: {fix}") from error
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def _use_wal(write: Engine) -> None:
-    statement = "PRAGMA journal_mode=WAL"
-    try:
-        with closing(write.raw_connection()) as raw:  # outside any transaction
-            raw.cursor().execute(statement)
-    except sqlite3.Error as error:  # raw: SQLAlchemy has not put it into its own terms
-        raise DBAPIError.instance(statement, None, error, sqlite3.Error) from error
-
-
-def _migrate(write: Engine, url: str) -> None:
-    """Creates or upgrades the tables once, whoever comes first, and refuses a newer schema."""
-    database = make_url(url).database
-    local = write.dialect.name == "sqlite" and database
-    with _alone(f"{database}.lock", url) if local else nullcontext():
-        if local:
-            _use_wal(write)
-        with write.begin() as connection:
-            if write.dialect.name == "postgresql":
-                connection.execute(select(func.pg_advisory_xact_lock(1)))
-            version = select(Meta.value).where(Meta.key == "schema_version")
-            known = inspect(connection).has_table(Meta.__tablename__)
-            found = int(connection.execute(version).scalar_one()) if known else SCHEMA_VERSION
-            if found <= SCHEMA_VERSION:
-                Base.metadata.create_all(connection)
-            if not known:
-                connection.execute(insert(Meta).values(key="schema_version", value=str(SCHEMA_VERSION)))
-            elif found < SCHEMA_VERSION:
-                _upgrade(connection)
-    if found > SCHEMA_VERSION:
-        raise LedgerError(
-            f"ledger {_shown(url)} has schema version {found}, newer than this piste's {SCHEMA_VERSION}: "
-            "upgrade piste, or set PISTE_LEDGER to another ledger"
-        )
-
-
-def _upgrade(connection: Connection) -> None:
-    """An older schema to this one: 1, before sweeps, lacks columns; 2, before jobs, a table alone."""
-    present = {column["name"] for column in inspect(connection).get_columns(Run.__tablename__)}
-    for column in Run.__table__.columns:
-        if column.name not in present:
-            definition = CreateColumn(cast(Column[Any], column)).compile(dialect=connection.dialect)
-            connection.exec_driver_sql(f"ALTER TABLE {Run.__tablename__} ADD COLUMN {definition}")
-    for index in Run.__table__.indexes:  # type: ignore[attr-defined]
-        index.create(connection, checkfirst=True)
-    statement = update(Meta).where(Meta.key == "schema_version")
-    connection.execute(statement.values(value=str(SCHEMA_VERSION)))

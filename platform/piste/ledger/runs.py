@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Mapping
 from typing import Any
 
 import psutil
 from sqlalchemy import Connection, func, insert, select, tuple_, update
-from sqlalchemy.orm import Session
 
 from piste.errors import BadInput
-from piste.ledger.database import Database, LedgerError
+from piste.ledger.bulk import insert_absent
+from piste.ledger.database import Database
+from piste.ledger.faults import LedgerError, repeats_lost_calls
 from piste.ledger.tables import (
     ACTIVE,
     WALL_CLOCK,
     Artifact,
+    Job,
     Message,
     Metric,
     Row,
@@ -28,6 +31,7 @@ from piste.ledger.tables import (
 )
 
 
+@repeats_lost_calls
 class Runs(Database):
     """Reads and writes runs."""
 
@@ -80,9 +84,10 @@ class Runs(Database):
                 the message was recorded and it can be sent again.
         """
         with self.writing() as connection:
-            current = connection.execute(
-                select(Run.attempt).where(Run.id == message.run_id)
-            ).scalar_one_or_none()
+            # The relay follows a run's rows by their ids, which PostgreSQL gives out before it commits: its
+            # writers wait for each other, a new one for the open transaction of one that was given up, too.
+            mine = select(Run.attempt).where(Run.id == message.run_id)
+            current = connection.execute(mine.with_for_update(key_share=True)).scalar_one_or_none()
             if current is None or message.attempt < current:
                 return message.sequence
             if message.rows:
@@ -100,9 +105,8 @@ class Runs(Database):
         rows: dict[tuple[str, int], Row] = {}
         for row in message.rows:
             rows.setdefault((row.key, row.step), row)
-        statement = self.insert(Metric).on_conflict_do_nothing(index_elements=["run_id", "key", "step"])
-        result = connection.execute(statement, [metric_columns(message.run_id, row) for row in rows.values()])
-        if result.rowcount == len(rows):
+        offered = [metric_columns(message.run_id, row) for row in rows.values()]
+        if insert_absent(connection, offered) == len(rows):
             return 0
         kept = connection.execute(
             select(Metric.key, Metric.step, Metric.value, Metric.special).where(
@@ -128,26 +132,22 @@ class Runs(Database):
         Raises:
             BadInput: No run, or several runs, have it.
         """
-        with self.explained(), Session(self.engine) as session:
-            found = session.scalars(
-                select(Run).where(Run.id.startswith(run_id, autoescape=True)).limit(2)
-            ).all()
-        exact = [run for run in found if run.id == run_id] or found
-        if len(exact) != 1:
+        found = self.beginning(Run, run_id)
+        if len(found) != 1:
             count = "no run has" if not found else "several runs begin with"
-            raise BadInput(f"{count} id {run_id!r} in {self.url}; `piste ls runs` shows them")
-        return exact[0]
+            raise BadInput(f"{count} id {run_id!r} in {self.name}; `piste ls runs` shows them")
+        return found[0]
 
     def runs(self, limit: int | None = None) -> list[Run]:
         """The newest runs first, without those of sweeps."""
         query = select(Run).where(Run.sweep_id.is_(None)).order_by(Run.created.desc())
-        with self.explained(), Session(self.engine) as session:
+        with self.session() as session:
             return list(session.scalars(query.limit(limit)))
 
     def finished(self, workload: str, limit: int) -> list[Run]:
         """The newest finished runs of a workload, those of sweeps included."""
         query = select(Run).where(Run.workload == workload, Run.status == "finished")
-        with self.explained(), Session(self.engine) as session:
+        with self.session() as session:
             return list(session.scalars(query.order_by(Run.created.desc()).limit(limit)))
 
     def metrics_after(self, run_id: str, high_water_mark: int, limit: int) -> list[StoredRow]:
@@ -168,21 +168,21 @@ class Runs(Database):
         last = select(Metric.key, func.max(Metric.step).label("step")).where(Metric.run_id == run_id)
         newest = last.group_by(Metric.key).subquery()
         query = select(Metric).join(newest, (Metric.key == newest.c.key) & (Metric.step == newest.c.step))
-        with self.explained(), Session(self.engine) as session:
-            found = session.scalars(query.where(Metric.run_id == run_id).order_by(Metric.key)).all()
-        return {metric.key: number(metric) for metric in found}
+        with self.session() as session:
+            found = session.scalars(query.where(Metric.run_id == run_id)).all()
+        return dict(sorted((metric.key, number(metric)) for metric in found))
 
     def history(self, run_id: str, key: str) -> list[tuple[int, float]]:
         """All values of one metric as `(step, value)`, by step."""
         query = select(Metric).where(Metric.run_id == run_id, Metric.key == key).order_by(Metric.step)
-        with self.explained(), Session(self.engine) as session:
+        with self.session() as session:
             return [(metric.step, number(metric)) for metric in session.scalars(query)]
 
     def keys(self, run_id: str) -> list[str]:
         """The names of the metrics that a run has."""
-        query = select(Metric.key).where(Metric.run_id == run_id).distinct().order_by(Metric.key)
+        query = select(Metric.key).where(Metric.run_id == run_id).distinct()
         with self.reading() as connection:
-            return list(connection.scalars(query))
+            return sorted(connection.scalars(query))  # each PostgreSQL has an order of its own for words
 
     def provenance(self, run: Run) -> dict[str, Any]:
         """Where a run comes from: its own facts over those that its sweep's runs share."""
@@ -195,7 +195,7 @@ class Runs(Database):
     def artifacts(self, run_id: str) -> list[Artifact]:
         """The run's files, in the order of their recording."""
         query = select(Artifact).where(Artifact.run_id == run_id).order_by(Artifact.id)
-        with self.explained(), Session(self.engine) as session:
+        with self.session() as session:
             return list(session.scalars(query))
 
 
@@ -205,7 +205,7 @@ def claim(connection: Connection, table: type[Run] | type[Sweep], row_id: str, d
     Raises:
         LedgerError: Another driver on this host is alive and running it.
     """
-    query = select(table.driver, table.status).where(table.id == row_id)
+    query = select(table.driver, table.status).where(table.id == row_id).with_for_update(key_share=True)
     owner, status = connection.execute(query).one()
     host, _, pid = (owner or "").rpartition(":")
     elsewhere = owner != driver and host == driver.rpartition(":")[0]
@@ -213,6 +213,9 @@ def claim(connection: Connection, table: type[Run] | type[Sweep], row_id: str, d
         raise LedgerError(f"{row_id} is running in process {pid}: end that first")
     values = {"driver": driver, "status": "planned", "error": None, "finished": None}
     connection.execute(update(table).where(table.id == row_id).values(values))
+    if (job := os.environ.get("PISTE_JOB")) is not None:  # a study claims several: it is the subject itself
+        fresh = update(Job).where(Job.id == job, Job.subject.is_(None))
+        connection.execute(fresh.values(subject=row_id))
 
 
 def _clock(now: float) -> dict[str, Any]:

@@ -9,10 +9,11 @@ from typing import Any
 
 from sqlalchemy import Row as SqlRow
 from sqlalchemy import func, insert, select, update
-from sqlalchemy.orm import Session
 
 from piste.errors import BadInput
+from piste.ledger.bulk import insert_many
 from piste.ledger.database import Database
+from piste.ledger.faults import repeats_lost_calls
 from piste.ledger.runs import claim
 from piste.ledger.tables import Metric, Run, Sweep, Trial, TrialRecord, number, stored
 
@@ -22,6 +23,7 @@ _TRIAL = ("number", "cell", "values", "memory", "run_id", "reused", "outcome", "
 _RUN = ("seed", "status", "error", "created", "finished", "seconds")
 
 
+@repeats_lost_calls
 class Sweeps:
     """Reads and writes sweeps.
 
@@ -100,7 +102,7 @@ class Sweeps:
         """
         with self._database.writing() as connection:
             for table, rows in ((Run, runs), (Trial, trials), (Metric, metrics)):
-                self._database.insert_many(connection, table, rows)
+                insert_many(connection, table, rows)
 
     def settle(
         self, sweep_id: str, trial: int, outcome: str, value: float | None, step: int | None = None
@@ -127,19 +129,16 @@ class Sweeps:
         Raises:
             BadInput: No sweep, or several sweeps, have it.
         """
-        query = select(Sweep).where(Sweep.id.startswith(sweep_id, autoescape=True)).limit(2)
-        with self._database.explained(), Session(self._database.engine) as session:
-            found = session.scalars(query).all()
-        exact = [sweep for sweep in found if sweep.id == sweep_id] or found
-        if len(exact) != 1:
+        found = self._database.beginning(Sweep, sweep_id)
+        if len(found) != 1:
             count = "no sweep has" if not found else "several sweeps begin with"
             raise BadInput(f"{count} id {sweep_id!r}; `piste ls sweeps` shows them")
-        return exact[0]
+        return found[0]
 
     def newest(self, limit: int | None = None) -> list[Sweep]:
         """The newest sweeps first."""
         query = select(Sweep).order_by(Sweep.created.desc()).limit(limit)
-        with self._database.explained(), Session(self._database.engine) as session:
+        with self._database.session() as session:
             return list(session.scalars(query))
 
     def trials(self, sweep_id: str) -> list[TrialRecord]:
@@ -148,6 +147,11 @@ class Sweeps:
         query = select(*columns).join(Run, Run.id == Trial.run_id).where(Trial.sweep_id == sweep_id)
         with self._database.reading() as connection:
             return [_record(row) for row in connection.execute(query.order_by(Trial.number))]
+
+    def has_run(self, run_id: str) -> bool:
+        """Whether there is a run of exactly that id."""
+        with self._database.reading() as connection:
+            return connection.execute(select(Run.id).where(Run.id == run_id)).first() is not None
 
     def count(self, sweep_id: str) -> int:
         """How many trials a sweep has."""
