@@ -13,7 +13,9 @@ import ast
 import importlib
 import importlib.util
 import inspect
+import os
 import pkgutil
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -147,10 +149,20 @@ def member_class(module: ModuleType) -> type[Any]:
 
 
 def _import(module: str) -> ModuleType:
+    if (folder := unpacked_folder()) is not None and str(folder) not in sys.path:
+        sys.path.append(str(folder))
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         raise BadInput(f"{module!r} cannot be imported: no module named {error.name!r}") from None
+
+
+def unpacked_folder() -> Path | None:
+    """Inside a job: where the user's folder lies on this host, whose modules are importable too."""
+    name = os.environ.get("PISTE_FOLDER")
+    if name is None:
+        return None
+    return next((Path(p) / name for p in sys.path if (Path(p) / name).is_dir()), None)
 
 
 def _locations(package: str) -> list[str]:

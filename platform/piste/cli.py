@@ -20,21 +20,25 @@ if TYPE_CHECKING:
     from piste.running import RunResult
 
 
+JOBS = ("run", "sweep", "study", "resume")  # what can be sent to a cluster
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; returns its exit code (0, 1 failed, 2 bad input, 130 interrupted)."""
+    """Runs one command; returns its exit code (0, 1 failed, 2 bad input, 130 Ctrl-C, 143 SIGTERM)."""
     parser = _parser()
     words = _joined(sys.argv[1:] if arguments is None else arguments)
     options, rest = parser.parse_known_args(words)
     try:
-        fields = _fields(rest)
-        if fields and options.command not in {"run", "sweep", "call"}:
-            raise BadInput(f"{options.command} takes no --{next(iter(fields))}")
+        if options.command == "submit":
+            return _submit(options, rest)
+        fields = _allowed(options.command, _fields(rest))
         return int(options.act(options, fields) or 0)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
+        code = getattr(interrupt, "exit_code", 130)
         if arguments is None:  # the process is ours, all is recorded; unloading torch and Ray takes seconds
             sys.stdout.flush()
-            os._exit(130)
-        return 130
+            os._exit(code)
+        return code
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
@@ -49,6 +53,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         line = str(error).strip().partition("\n")[0]
         print(f"piste: {type(error).__name__}: {line} (--debug shows where)", file=sys.stderr)
         return 1
+
+
+def _allowed(command: str, fields: dict[str, Any]) -> dict[str, Any]:
+    if fields and command not in {"run", "sweep", "call"}:
+        raise BadInput(f"{command} takes no --{next(iter(fields))}")
+    return fields
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -123,6 +133,20 @@ def _parser() -> argparse.ArgumentParser:
         help="every group with as much tuning as the one that got least",
     )
     comparing.add_argument("--json", action="store_true", help="machine-readable")
+    sending = add("submit", None, "send a command to a Ray cluster as a job, and follow its log")
+    sending.add_argument("verb", choices=JOBS, help="the command; its own arguments and options follow")
+    sending.add_argument("--address", help="the cluster's dashboard, http://HOST:8265")
+    sending.add_argument("--id", help="the job's id: the same command under the same id is one job")
+    sending.add_argument("--folder", metavar="DIR", help="sent with the job; default: where the recipe lies")
+    sending.add_argument("--python", default=sys.executable, help="the cluster's interpreter")
+    sending.add_argument("--driver-cpus", type=float, default=0.0, help="none: it runs on the head")
+    sending.add_argument("--no-follow", dest="follow", action="store_false", help="return when it is sent")
+    sending.add_argument("--json", action="store_true", help="machine-readable; does not follow")
+    showing = add("jobs", _jobs, "the jobs, their logs and status; stop one")
+    showing.add_argument("action", nargs="?", choices=["logs", "status", "stop"])
+    showing.add_argument("job", nargs="?", metavar="ID")
+    showing.add_argument("-f", "--follow", action="store_true", help="the log as it grows")
+    showing.add_argument("--json", action="store_true", help="machine-readable")
     add("sync", _sync, "push what MLflow still lacks").add_argument("runs", nargs="*", metavar="RUN")
     serving = add("ui", _ui, "MLflow's user interface on the store in use")
     serving.add_argument("--port", type=int, default=5000)
@@ -197,7 +221,7 @@ def _ls_runs() -> None:
     from piste.reporting import age
 
     ledger = open_ledger()
-    print(f"runs in {ledger.url}")
+    print(f"runs in {ledger.name}")
     for run in ledger.runs(limit=50):
         optimizer = run.config["optimizer"]["name"]
         print(f"  {run.id:<24} {run.status:<12} {optimizer:<10} {age(run.created):<12} {run.error or ''}")
@@ -208,7 +232,7 @@ def _ls_sweeps() -> None:
     from piste.reporting import age
 
     ledger = open_ledger()
-    print(f"sweeps in {ledger.url}")
+    print(f"sweeps in {ledger.name}")
     for sweep in ledger.sweeps.newest(limit=50):
         trials = f"{ledger.sweeps.count(sweep.id)} of {sweep.trials or '?'} trials"
         print(
@@ -275,6 +299,7 @@ def _to_the_end(ledger: Any, run_id: str, options: argparse.Namespace) -> RunRes
     from piste import running
 
     print(f"run {run_id}", file=sys.stderr)
+    said = len(running.log_lines(ledger, run_id))
     try:
         result = running.execute(ledger, run_id, local=options.local, observer=_observer(options))
     except KeyboardInterrupt:
@@ -284,6 +309,9 @@ def _to_the_end(ledger: Any, run_id: str, options: argparse.Namespace) -> RunRes
         raise
     except PisteError as error:
         raise PisteError(f"{run_id} failed: {error}") from error
+    finally:
+        for line in running.log_lines(ledger, run_id)[said:]:
+            print(f"piste: {line}", file=sys.stderr)
     if result.status == "interrupted":
         print(f"piste: stopped; `{_resume_line(run_id, options)}` continues it", file=sys.stderr)
     if result.pending != 0:
@@ -293,7 +321,7 @@ def _to_the_end(ledger: Any, run_id: str, options: argparse.Namespace) -> RunRes
 
 
 def _exit_code(result: RunResult) -> int:
-    return 130 if result.status == "interrupted" else 0
+    return 143 if result.status == "interrupted" else 0
 
 
 def _resume_line(run_id: str, options: argparse.Namespace) -> str:
@@ -441,6 +469,21 @@ def _compare(options: argparse.Namespace, _fields: dict[str, Any]) -> None:
         found = tracking.find_run(uri, run_id)
         results.append(running.result(ledger, run_id, {"mlflow_run_id": found[1] if found else None}))
     _report(ledger, ids, options, results)
+
+
+def _submit(options: argparse.Namespace, rest: Sequence[str]) -> int:
+    options.words = [options.verb, *rest]
+    asked, more = _parser().parse_known_args(options.words)
+    fields = _allowed(asked.command, _fields(more))
+    from piste import job_command
+
+    return job_command.submit(options, asked, fields)
+
+
+def _jobs(options: argparse.Namespace, _fields: dict[str, Any]) -> int:
+    from piste import job_command
+
+    return job_command.show(options)
 
 
 def _sync(options: argparse.Namespace, _fields: dict[str, Any]) -> None:

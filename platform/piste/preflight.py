@@ -1,4 +1,4 @@
-"""What is refused before Ray is even imported: resources that this machine cannot give."""
+"""What is refused before anything starts: resources that are not there, storage that not all hosts see."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def check_resources(resources: Resources) -> None:
     Raises:
         BadInput: With the numbers asked for and at hand.
     """
-    if resources.address is not None:
+    if resources.address is not None or os.environ.get("RAY_ADDRESS"):
         return
     asked = resources.workers * resources.cpus_per_worker
     if asked > cpus():
@@ -37,3 +37,24 @@ def check_resources(resources: Resources) -> None:
                 f"resources: {resources.workers} workers x {resources.gpus_per_worker:g} = {wanted:g} GPUs, "
                 f"but this machine has {found}: lower resources.gpus_per_worker or name a cluster"
             )
+
+
+def check_hosts(nodes: int, resources: Resources, ledger_url: str, tracking_uri: str) -> None:
+    """Refuses several hosts with a ledger or a tracking store that only one of them can see.
+
+    Raises:
+        BadInput: With what is lacking.
+    """
+    if nodes == 1 or resources.one_host:
+        return
+    lacking = []
+    if ledger_url.startswith("sqlite"):
+        lacking.append("a ledger in PostgreSQL (PISTE_LEDGER=postgresql+psycopg://...)")
+    if not tracking_uri.startswith("http"):
+        lacking.append("an MLflow server (MLFLOW_TRACKING_URI=http://...)")
+    if lacking:
+        raise BadInput(
+            f"the cluster has {nodes} nodes: a run on several hosts needs {' and '.join(lacking)}, and "
+            "PISTE_HOME on storage that all of them share; if all nodes are this host, set "
+            "resources.one_host = true"
+        )

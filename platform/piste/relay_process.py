@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from piste.errors import PisteError
-from piste.ledger import Ledger
+from piste.ledger import Ledger, without_password
 from piste.tracking import TERMINAL, Kind, Relay, relay_of
 
 if TYPE_CHECKING:
@@ -35,13 +35,15 @@ class RelayProcess:
     """
 
     def __init__(self, ledger_url: str, name: str, uri: str, log: Path, kind: Kind = "run") -> None:
-        command = [sys.executable, "-m", "piste.relay_process", ledger_url, kind, name, uri]
+        plain, secret = without_password(ledger_url)  # anyone may read a command line
+        command = [sys.executable, "-m", "piste.relay_process", plain, kind, name, uri]
         with log.open("ab") as file:
             self._process = subprocess.Popen(
                 command,
                 stdin=subprocess.PIPE,  # its end tells the relay that the driver is gone
                 stdout=subprocess.PIPE,
                 stderr=file,
+                env=os.environ | secret,
                 start_new_session=True,
                 text=True,
             )
@@ -78,7 +80,7 @@ def _follow(ledger_url: str, kind: Kind, name: str, uri: str) -> dict[str, Any]:
         driver_gone.set()
 
     threading.Thread(target=until_the_driver_goes, daemon=True).start()
-    ledger = Ledger(ledger_url)
+    ledger = Ledger(ledger_url, patient=True)
     relay: Relay | SweepRelay | None = None
     give_up: float | None = None
     while True:

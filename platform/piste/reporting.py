@@ -7,7 +7,7 @@ import statistics
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
@@ -29,10 +29,11 @@ from piste.config import Recipe
 from piste.ledger import Ledger, number
 
 POLL_SECONDS = 0.5
+LINE_SECONDS = 10.0  # between two lines of a log
 
 
 class ProgressBar:
-    """A bar with the current metrics and an ETA, fed from the ledger."""
+    """A bar with the current metrics and an ETA, fed from the ledger; in a log, a line now and then."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -40,6 +41,10 @@ class ProgressBar:
     @contextmanager
     def watch(self, ledger: Ledger, run_id: str, config: Recipe) -> Iterator[None]:
         """Shows the run while the context lasts."""
+        if not self._console.is_terminal:
+            with _follow(ledger, run_id, self._lines(run_id, config)):
+                yield
+            return
         columns = [
             SpinnerColumn(),
             TextColumn("[bold]{task.description}"),
@@ -54,11 +59,22 @@ class ProgressBar:
             task = progress.add_task(run_id, total=_total(config), metrics="starting")
 
             def show(step: int, latest: dict[str, float]) -> None:
-                text = " ".join(f"{k} {latest[k]:.4g}" for k in _headline(config.workload) if k in latest)
-                progress.update(task, completed=step, metrics=text)
+                progress.update(task, completed=step, metrics=_said(config, latest))
 
             with _follow(ledger, run_id, show):
                 yield
+
+    def _lines(self, run_id: str, config: Recipe) -> Callable[[int, dict[str, float]], None]:
+        total, printed = _total(config), 0.0
+
+        def show(step: int, latest: dict[str, float]) -> None:
+            nonlocal printed
+            if step == total or time.monotonic() - printed >= LINE_SECONDS:
+                printed = time.monotonic()
+                line = f"{run_id} step {step}{f'/{total}' if total else ''} {_said(config, latest)}"
+                self._console.print(line, soft_wrap=True, highlight=False)
+
+        return show
 
 
 class JsonLines:
@@ -105,6 +121,11 @@ def _follow(ledger: Ledger, run_id: str, show: Any) -> Iterator[None]:
     finally:
         ended.set()
         thread.join(timeout=5)
+
+
+def _said(config: Recipe, latest: Mapping[str, float]) -> str:
+    """The headline metrics that are there, in words."""
+    return " ".join(f"{key} {latest[key]:.4g}" for key in _headline(config.workload) if key in latest)
 
 
 def _total(config: Recipe) -> int | None:

@@ -6,7 +6,8 @@ import json
 import math
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, TextIO
@@ -23,7 +24,7 @@ from piste import sweep_tables
 from piste.comparison import equal_budgets
 from piste.dry_run import DryRun
 from piste.ledger import Ledger, TrialRecord
-from piste.reporting import cell
+from piste.reporting import LINE_SECONDS, cell
 from piste.schedule import Counts, Schedule
 from piste.space import Sweep
 from piste.sweeping import Tell
@@ -36,7 +37,7 @@ LISTED = 50
 
 
 class SweepProgress:
-    """A live view of the trials, with an ETA and the best so far."""
+    """A live view of the trials, with an ETA and the best so far; in a log, lines now and then."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -48,9 +49,25 @@ class SweepProgress:
         def show() -> RenderableType:
             return _live(schedule.sweep_id, schedule.section, schedule.counts)
 
+        if not self._console.is_terminal:
+            yield self._lines(schedule, show)
+            return
         live = Live(get_renderable=show, console=self._console, transient=True, refresh_per_second=4)
         with live:
             yield lambda event, work: None
+
+    def _lines(self, schedule: Schedule, show: Callable[[], RenderableType]) -> Tell:
+        lock, printed = threading.Lock(), 0.0
+
+        def tell(_event: Literal["started", "ended"], _work: Work) -> None:
+            nonlocal printed
+            with lock:
+                last = schedule.counts.ended == schedule.counts.total
+                if last or time.monotonic() - printed >= LINE_SECONDS:
+                    printed = time.monotonic()
+                    self._console.print(show())
+
+        return tell
 
 
 class SweepJsonLines:

@@ -63,6 +63,12 @@ def tracking_uri(configured: str | None = None) -> str:
     return configured or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home() / 'mlflow.db'}"
 
 
+def without_credentials(uri: str) -> str:
+    """The URI without user and password, which belong into `MLFLOW_TRACKING_USERNAME` and `_PASSWORD`."""
+    parts = urlsplit(uri)
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl() if "@" in parts.netloc else uri
+
+
 def check(uri: str) -> None:
     """Makes sure that a tracking URI is usable before a run starts.
 
@@ -73,6 +79,11 @@ def check(uri: str) -> None:
     if scheme not in {"http", "https", "sqlite", "postgresql", "mysql", "mssql"}:
         raise BadInput(f"tracking.uri {uri!r}: use an http(s) server or a database such as sqlite:///FILE")
     if scheme in {"http", "https"}:
+        if without_credentials(uri) != uri:
+            raise BadInput(
+                "tracking.uri names a user or a password, which would be shown with the run: put them into "
+                "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+            )
         try:
             urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=3).close()
         except urllib.error.HTTPError:

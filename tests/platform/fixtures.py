@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from tests.platform.driving import ROOT, NoRelay, environment
+from tests.platform.heads import Head
 
 
 @pytest.fixture
@@ -63,3 +64,12 @@ def local_ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
             patch.setenv("PYTHONPATH", str(ROOT))
             stack.enter_context(cluster(Resources(), dashboard=True))
         yield
+
+
+@pytest.fixture(scope="session")
+def ray_head() -> Iterator[Head]:
+    """One Ray head for all tests of a session that send jobs."""
+    head = Head()
+    yield head
+    head.kill()
+    shutil.rmtree(head.folder, ignore_errors=True)
