@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo test test-slow lint types bench constraints clean
+.PHONY: install demo test test-slow test-faults lint types bench constraints clean cluster demo-cluster cluster-down
 
 install: $(STAMP)
 
@@ -23,6 +23,9 @@ test: $(STAMP)
 test-slow: $(STAMP)
 	$(BIN)/pytest -q -m slow
 
+test-faults: $(STAMP)
+	$(BIN)/pytest -q -m fault
+
 lint: $(STAMP)
 	@test ! -e platform/__init__.py || { echo "platform/__init__.py shadows the standard library: remove it"; exit 1; }
 	$(BIN)/ruff check
@@ -34,6 +37,16 @@ types: $(STAMP)
 
 bench: $(STAMP)
 	for script in tests/bench/bench_*.py; do $(BIN)/python $$script || exit 1; done
+
+# A Ray cluster of three hosts on this machine (infra/README.md); PISTE_CLUSTER names another than "piste".
+cluster: $(STAMP)
+	$(BIN)/python infra/cluster.py up
+
+demo-cluster: $(STAMP)
+	$(BIN)/python infra/cluster.py exec client $(BIN)/piste submit sweep mlp-steps --sweep.trials 96 --sweep.batch 12
+
+cluster-down: $(STAMP)
+	$(BIN)/python infra/cluster.py down
 
 # Exact versions of everything, from the environment in use; run it after changing a range in pyproject.toml.
 constraints: $(STAMP)

@@ -19,7 +19,9 @@ from piste.ledger import Message, Row
 
 BATCH_ROWS = 500
 FLUSH_SECONDS = 1.0
+BEAT_SECONDS = 1.0
 RETRY_SECONDS = 60.0
+PAUSE_SECONDS = 0.05
 
 Send = Callable[[Message], int]
 
@@ -32,6 +34,7 @@ class MetricBuffer:
         run_id: The run.
         attempt: The number of this attempt.
         sample: Called before every periodic flush for metrics of its own, as `(metrics, step)`.
+        beat: Called by the buffer's thread about once a second.
         retry_seconds: How long a message is repeated before the buffer gives up. The rows are then
             still there, and the next call of `append` or `flush` raises.
     """
@@ -42,12 +45,14 @@ class MetricBuffer:
         run_id: str,
         attempt: int,
         sample: Callable[[], tuple[Mapping[str, float], int]] | None = None,
+        beat: Callable[[], None] | None = None,
         retry_seconds: float = RETRY_SECONDS,
     ) -> None:
         self._send = send
         self._run_id = run_id
         self._attempt = attempt
         self._sample = sample
+        self._beat = beat
         self._retry_seconds = retry_seconds
         self._rows: deque[Row] = deque()
         self._artifacts: deque[dict[str, Any]] = deque()
@@ -101,7 +106,11 @@ class MetricBuffer:
         self.flush()
 
     def _loop(self) -> None:
+        next_beat = time.monotonic()
         while not self._closing:
+            if self._beat is not None and time.monotonic() >= next_beat:
+                self._beat()
+                next_beat = time.monotonic() + BEAT_SECONDS
             self._wake.wait(FLUSH_SECONDS)
             self._wake.clear()
             # Not before the first metric: MLflow's comparison page opens on the one that came first.
@@ -124,7 +133,7 @@ class MetricBuffer:
     def _delivered(self, message: Message) -> bool:
         """Sends a message until it is acknowledged; after `retry_seconds` of refusals it gives up."""
         deadline = time.monotonic() + self._retry_seconds
-        pause = 0.05
+        pause = PAUSE_SECONDS
         while True:
             try:
                 if self._send(message) == message.sequence:

@@ -2,7 +2,7 @@
 
 A checkpoint is a folder `step-000000100` with one file a rank and a manifest of their sizes and
 sha256. It is written beside its place and renamed into it, so that a killed process leaves either a
-whole checkpoint or none; a damaged one is passed over for the one before, with a warning.
+whole checkpoint or none; a damaged one is passed over for the one before, which is said.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -90,16 +90,24 @@ class CheckpointStore:
         """The folder of the checkpoint of `step`."""
         return self.directory / f"step-{step:09d}"
 
-    def latest(self, rank: int = 0) -> tuple[dict[str, Any], dict[str, Any]] | None:
+    def latest(
+        self, rank: int = 0, say: Callable[[str], None] = warnings.warn
+    ) -> tuple[dict[str, Any], dict[str, Any]] | None:
         """The newest undamaged checkpoint: rank 0's state and this rank's own, or None.
 
         A rank that the checkpoint lacks (the world has grown) gets an empty state of its own.
+
+        Args:
+            rank: The rank whose state is read.
+            say: Called with a line for every checkpoint that is passed over.
         """
         for step in reversed(self.steps()):
             folder = self.path(step)
             damage = _damage(folder)
             if damage:
-                warnings.warn(f"checkpoint {folder.name} is damaged ({damage}): falling back", stacklevel=2)
+                before = [each for each in self.steps() if each < step]
+                where = f"checkpoint {self.path(before[-1]).name}" if before else "the start"
+                say(f"checkpoint {folder.name} is damaged ({damage}): falling back to {where}")
                 continue
             own = folder / f"rank-{rank}.pt"
             shared = load(folder)

@@ -86,6 +86,12 @@ class Resources(Section):
     address: str | None = Field(default=None, description="a Ray cluster's address; none: a local Ray")
     one_host: bool = Field(default=False, description="all nodes of the cluster are this host")
     max_failures: int = Field(default=3, ge=0, description="workers replaced before the run fails")
+    max_preemptions: int = Field(
+        default=-1, ge=-1, description="hosts taken away before the run fails; -1: no limit"
+    )
+    grace_seconds: float = Field(
+        default=30.0, ge=0.0, description="from SIGTERM to the end: time for a step and a checkpoint"
+    )
 
 
 class Tracking(Section):

@@ -18,6 +18,12 @@ class BadInput(PisteError, ValueError):
     exit_code = 2
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM once nothing more is waited for: a second one, or the grace period is over; exit code 143."""
+
+    exit_code = 143
+
+
 def cause(error: BaseException) -> str:
     """Why something failed, on one line: the message, after the type where piste does not know it."""
     message = str(error) if isinstance(error, PisteError) else f"{type(error).__name__}: {error}"

@@ -5,23 +5,23 @@ from __future__ import annotations
 import inspect
 import os
 import secrets
-import signal
+import threading
 import traceback
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import Any, Protocol
 
 from pydantic import BaseModel
 
 from piste import catalog, provenance, relay_process, tracking
 from piste.config import Recipe, override, read_toml, to_toml, validate
-from piste.errors import BadInput, cause, nearest
+from piste.errors import BadInput, PisteError, Terminated, cause, nearest
 from piste.home import home
 from piste.ledger import WALL_CLOCK, Ledger, open_ledger
 from piste.ledger import Run as RunRow
+from piste.stopping import ASKED, on_terminate
 
 ONE_WORKER = {"resources.workers": 1}  # what `local` sets
 
@@ -193,70 +193,68 @@ def make_folder(directory: Path, config: Recipe) -> Path:
 def execute(ledger: Ledger, run_id: str, *, local: bool, observer: Observer | None = None) -> RunResult:
     """Runs the next attempt of a planned or ended run, with its relay beside it.
 
+    SIGTERM stops it with a checkpoint; it is then `interrupted`.
+
     Raises:
         PisteError: The run failed. KeyboardInterrupt passes through; the run is marked interrupted.
+        Terminated: It has not stopped within `resources.grace_seconds`; it is marked so, too.
     """
     row = ledger.run(run_id)
     config = resolve(row.config, run_id)
-    directory = Path(row.directory)
+    with on_terminate(config.resources.grace_seconds) as stop:
+        return _execute(ledger, row, config, local, observer, stop)
+
+
+def _execute(
+    ledger: Ledger,
+    row: RunRow,
+    config: Recipe,
+    local: bool,
+    observer: Observer | None,
+    stop: threading.Event,
+) -> RunResult:
+    run_id, directory = row.id, Path(row.directory)
     uri = tracking.tracking_uri(config.tracking.uri)
     ledger.claim(run_id, f"{os.uname().nodename}:{os.getpid()}")
     relay = relay_process.RelayProcess(ledger.url, run_id, uri, directory / "relay.log")
     try:
         with (observer or _Silent()).watch(ledger, run_id, config):
             if local:
-                stopped = _train_here(ledger, run_id, config, directory)
+                stopped = _train_here(ledger, run_id, config, directory, stop)
             else:
                 from piste import training
 
-                training.train(ledger, run_id, config)
-                stopped = False
+                stopped = training.train(ledger, run_id, config, stop)
         if stopped:
-            ledger.set_status(run_id, "interrupted", "asked to stop")
+            ledger.set_status(run_id, "interrupted", ASKED)
         else:
             ledger.set_status(run_id, "finished")
-    except KeyboardInterrupt:
-        ledger.set_status(run_id, "interrupted", "interrupted by the user")
+    except KeyboardInterrupt as interrupt:
+        by = "SIGTERM" if isinstance(interrupt, Terminated) else "the user"
+        ledger.set_status(run_id, "interrupted", f"interrupted by {by}")
         relay.detach()
         raise
     except BaseException as error:
-        (directory / "error.txt").write_text("".join(traceback.format_exception(error)), encoding="utf-8")
-        ledger.set_status(run_id, "failed", cause(error))
+        text = "".join(traceback.format_exception(error))
+        with suppress(OSError, PisteError):  # on a full disk nothing is recorded; what filled it is told
+            (directory / "error.txt").write_text(text, encoding="utf-8")
+            ledger.set_status(run_id, "failed", cause(error))
         relay.finish()
         raise
     return result(ledger, run_id, relay.finish())
 
 
-def _train_here(ledger: Ledger, run_id: str, config: Recipe, directory: Path) -> bool:
-    """Trains in this process; returns whether the run was asked to stop."""
+def _train_here(ledger: Ledger, run_id: str, config: Recipe, directory: Path, stop: threading.Event) -> bool:
+    """Trains in this process; returns whether the run has ended early because it was to."""
     from piste.workload import local_run
 
     module = catalog.load_workload(config.workload)
-    here = local_run(run_id, config, directory, ledger)
-    with _on_terminate(here.stop):
-        try:
-            module.train(config, here)
-        finally:
-            here.close()
-    return here.should_stop
-
-
-@contextmanager
-def _on_terminate(stop: Any) -> Iterator[None]:
-    """SIGTERM asks the run to end after its step, where this thread may set handlers."""
-
-    def handler(_signal: int, _frame: FrameType | None) -> None:
-        stop()
-
+    here = local_run(run_id, config, directory, ledger, stop)
     try:
-        before = signal.signal(signal.SIGTERM, handler)
-    except ValueError:  # not the main thread
-        yield
-        return
-    try:
-        yield
+        module.train(config, here)
     finally:
-        signal.signal(signal.SIGTERM, before)
+        here.close()
+    return here.stopped is not None
 
 
 def result(ledger: Ledger, run_id: str, shown: Mapping[str, Any] | None = None) -> RunResult:
@@ -272,6 +270,15 @@ def result(ledger: Ledger, run_id: str, shown: Mapping[str, Any] | None = None) 
         directory=Path(row.directory),
         _ledger=ledger,
     )
+
+
+def log_lines(ledger: Ledger, run_id: str) -> list[str]:
+    """What the platform has had to say of a run, as of a damaged checkpoint; in the order of its saying."""
+    try:
+        text = (Path(ledger.run(run_id).directory) / "artifacts" / "log.txt").read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return []
+    return text.splitlines()
 
 
 def resume(run_id: str, *, local: bool = False, observer: Observer | None = None) -> RunResult:

@@ -22,6 +22,7 @@ from piste.ledger import Ledger
 from piste.ledger import Sweep as SweepRow
 from piste.search import Known, Suggestion, suggest, sweep_key
 from piste.space import Sweep
+from piste.stopping import PREEMPTED
 from piste.trials import Planned, Planner, Trial, Work, better, columns, converged, is_closed, outcome_of
 
 
@@ -103,6 +104,12 @@ class Schedule:
         self._running.update(trial.number for trial in work.trials)
         self.counts.running = len(self._running)
         return work
+
+    def put_back(self, work: Work) -> None:
+        """Takes note that work from `next` has not been computed: it comes again."""
+        self._running.difference_update(trial.number for trial in work.trials)
+        self.counts.running = len(self._running)
+        self._queue.append(work)
 
     @property
     def ended(self) -> bool:
@@ -313,6 +320,9 @@ class Schedule:
         row = self.ledger.run(trial.run_id)
         self._cost += row.seconds - trial.seconds
         trial.seconds = row.seconds
+        if row.status == "interrupted" and self._goes_on(trial, row.error):
+            self._queue.append(work)
+            return
         last = self.ledger.sweeps.objective([trial.run_id], self.section.metric).get(trial.run_id)
         trial.step, trial.value = last if last is not None else (None, None)
         cause, error = self._failure(row.status, row.error, trial.value, failure)
@@ -322,21 +332,28 @@ class Schedule:
                 self.ledger.set_status(trial.run_id, "pruned")
         else:
             self.ledger.set_status(trial.run_id, "finished" if cause == "nan" else "failed", error)
-            if trial.tries < getattr(self.section.retries, cause):
+            if trial.tries < getattr(self.section.retries, cause, 0):
                 self._try_again(work, cause)
                 return
             trial.outcome = "failed"
         self.ledger.sweeps.settle(self.sweep_id, trial.number, trial.outcome, trial.value, trial.step)
         self._count(trial)
 
+    def _goes_on(self, trial: Trial, why: str | None) -> bool:
+        """Whether a trial that was stopped with a checkpoint may go on from it."""
+        trial.preemptions += why == PREEMPTED
+        return not 0 <= self.resources.max_preemptions < trial.preemptions
+
     def _failure(
         self, status: str, error: str | None, value: float | None, death: str | None
     ) -> tuple[str | None, str | None]:
-        """What a trial failed of (`died`, `error`, `nan`) and the message; neither where it did not."""
+        """What a trial failed of (`died`, `error`, `nan`, `preempted`) and the message, where it did."""
         if status == "finished" and value is None:
             return "error", f"it never logged {self.section.metric!r}"
         if status == "finished" and not math.isfinite(value or 0.0):
             return "nan", f"{self.section.metric} ended at {value}"
+        if status == "interrupted":
+            return "preempted", f"preempted more often than resources.max_preemptions allows: {error}"
         if status == "failed":
             return "died" if "OutOfMemory" in (error or "") else "error", error
         if death is not None and status != "finished":
@@ -354,7 +371,7 @@ class Schedule:
 
     def _settle_pack(self, work: Work, failure: str | None) -> None:
         """A pack is in the ledger as a whole; one that failed is not, and its trials run alone."""
-        if failure is not None:
+        if failure is not None and not self.ledger.sweeps.has_run(work.trials[0].run_id):
             self.ledger.sweeps.record(work.runs, [columns(self.sweep_id, trial) for trial in work.trials])
             pairs = zip(work.trials, work.configs, strict=True)
             self._queue.extend(Work((trial,), (config,)) for trial, config in pairs)

@@ -25,7 +25,7 @@ from types import ModuleType
 from typing import Any
 
 from piste import catalog, provenance, running, sweeping
-from piste.errors import BadInput, PisteError, nearest
+from piste.errors import BadInput, PisteError, Terminated, nearest
 from piste.home import home
 from piste.ledger import TrialRecord, open_ledger
 from piste.verdicts import Budget, Direction, Estimate, Outcome, Verdict, decide, estimate, report, rows
@@ -158,6 +158,8 @@ class Lab:
             section = {"metric": metric, "searcher": "grid", "space": entries}
             shown = self._sweep_observer
             swept = sweeping.sweep(recipe, observer=shown, sweep=section, **self._how, **overrides)
+            if swept.status == "interrupted":
+                raise Terminated
             for trial in swept.trials:
                 if trial.status != "finished":  # a run that ends with a loss that is no number has
                     raise PisteError(f"trial {trial.number} of {swept.id} {trial.status}: {trial.error}")
@@ -264,8 +266,8 @@ def reuse_or_run(
             return running.result(ledger, same[identity][0])
     run_id = running.plan(ledger, Path(recipe).stem, config)
     made = running.execute(ledger, run_id, local=local, observer=observer)
-    if made.status != "finished":
-        raise PisteError(f"{made.id} was {made.status}")
+    if made.status == "interrupted":
+        raise Terminated
     if metric not in made.metrics:
         raise PisteError(f"{made.id} has no metric {metric!r}{nearest(metric, made.metrics)}")
     return made

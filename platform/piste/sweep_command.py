@@ -60,6 +60,9 @@ def execute(options: argparse.Namespace, fields: dict[str, Any]) -> int:
         raise
     except PisteError as error:
         raise PisteError(f"{sweep_id} failed: {error}: `{resume}` continues it") from error
+    if result.status == "interrupted":
+        print(f"piste: stopped; `{resume}` continues it", file=sys.stderr)
+        return 143
     if result.reason:
         print(f"piste: stopped by {result.reason}", file=sys.stderr)
     if result.pending != 0:

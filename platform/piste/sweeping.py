@@ -7,9 +7,10 @@ import hashlib
 import json
 import os
 import secrets
+import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -17,7 +18,7 @@ from typing import Any, Literal, Protocol
 from piste import catalog, packing, provenance, relay_process, tracking
 from piste.building import check_optimizer
 from piste.config import Recipe, override, validate
-from piste.errors import BadInput, cause
+from piste.errors import BadInput, PisteError, Terminated, cause
 from piste.home import home
 from piste.ledger import Ledger, TrialRecord, open_ledger
 from piste.ledger import Sweep as SweepRow
@@ -25,6 +26,7 @@ from piste.running import ONE_WORKER, load_recipe, make_folder, origin
 from piste.schedule import Schedule
 from piste.search import suggest, sweep_key
 from piste.space import Sweep
+from piste.stopping import ASKED, on_terminate
 from piste.trials import Work, better, compute_pack
 
 Tell = Callable[[Literal["started", "ended"], Work], None]
@@ -179,12 +181,28 @@ def execute_sweep(
 ) -> SweepResult:
     """Runs what a planned or interrupted sweep still lacks, with its relay beside it.
 
+    SIGTERM stops its trials with a checkpoint; it is then `interrupted`.
+
     Raises:
         PisteError: The sweep failed. KeyboardInterrupt passes through; the sweep is marked interrupted.
+        Terminated: A trial has not stopped within `resources.grace_seconds`; it is marked so, too.
     """
     row = ledger.sweeps.get(sweep_id)
     module = catalog.load_workload(row.workload)
     config: Recipe = validate(module.Config, row.config, sweep_id)
+    with on_terminate(config.resources.grace_seconds) as stop:
+        return _execute(ledger, row, config, local, fresh, observer, stop)
+
+
+def _execute(
+    ledger: Ledger,
+    row: SweepRow,
+    config: Recipe,
+    local: bool,
+    fresh: bool,
+    observer: SweepObserver | None,
+    stop: threading.Event,
+) -> SweepResult:
     uri = tracking.tracking_uri(config.tracking.uri)
     ledger.sweeps.claim(row.id, f"{os.uname().nodename}:{os.getpid()}")
     relay = relay_process.RelayProcess(ledger.url, row.id, uri, Path(row.directory) / "relay.log", "sweep")
@@ -196,20 +214,25 @@ def execute_sweep(
     try:
         with (observer or _Silent()).sweep(schedule) as tell, _rare_collections():
             if local:
-                _run_here(schedule, tell)
+                _run_here(schedule, tell, stop)
             else:
                 from piste import tuning
 
-                tuning.run(schedule, tell)
-        end("finished", schedule.reason)
-    except KeyboardInterrupt:
-        end("interrupted", "interrupted by the user")
+                tuning.run(schedule, tell, stop)
+        if stop.is_set() and not schedule.ended:
+            end("interrupted", ASKED)
+        else:
+            end("finished", schedule.reason)
+    except KeyboardInterrupt as interrupt:
+        by = "SIGTERM" if isinstance(interrupt, Terminated) else "the user"
+        end("interrupted", f"interrupted by {by}")
         relay.detach()
         raise
     except BaseException as error:
         text = "".join(traceback.format_exception(error))
-        (Path(row.directory) / "error.txt").write_text(text, encoding="utf-8")
-        end("failed", cause(error))
+        with suppress(OSError, PisteError):  # on a full disk nothing is recorded; what filled it is told
+            (Path(row.directory) / "error.txt").write_text(text, encoding="utf-8")
+            end("failed", cause(error))
         relay.finish()
         raise
     return sweep_result(ledger, row.id, relay.finish())
@@ -333,10 +356,10 @@ def _lengthen(ledger: Ledger, row: SweepRow, config: Recipe, longer: Mapping[str
 # -- in this process --------------------------------------------------------------------------------
 
 
-def _run_here(schedule: Schedule, tell: Tell) -> None:
-    """Runs one work after the other until the sweep has ended."""
+def _run_here(schedule: Schedule, tell: Tell, stop: threading.Event) -> None:
+    """Runs one work after the other until the sweep has ended, or is to stop."""
     sizer = packing.PackSizer()
-    while (work := schedule.next(sizer.size)) is not None:
+    while not stop.is_set() and (work := schedule.next(sizer.size)) is not None:
         tell("started", work)
         if work.packed:
             try:
@@ -348,19 +371,19 @@ def _run_here(schedule: Schedule, tell: Tell) -> None:
                 sizer.learn(measured)
                 schedule.settle(work, seconds=sum(each.seconds for each in measured))
         else:
-            _run_one(schedule.ledger, work)
+            _run_one(schedule.ledger, work, stop)
             schedule.settle(work)
         tell("ended", work)
 
 
-def _run_one(ledger: Ledger, work: Work) -> None:
+def _run_one(ledger: Ledger, work: Work, stop: threading.Event) -> None:
     """One trial's run; what it fails of stands in the ledger."""
     from piste.workload import local_run
 
     row = ledger.run(work.trials[0].run_id)
     (config,) = work.configs
     assert config is not None
-    here = local_run(row.id, config, Path(row.directory), ledger)
+    here = local_run(row.id, config, Path(row.directory), ledger, stop)
     try:
         try:
             catalog.load_workload(row.workload).train(config, here)
@@ -369,4 +392,4 @@ def _run_one(ledger: Ledger, work: Work) -> None:
     except Exception as error:
         ledger.set_status(row.id, "failed", cause(error))
     else:
-        ledger.set_status(row.id, "finished")
+        ledger.set_status(row.id, "finished" if here.stopped is None else "interrupted", here.stopped)

@@ -1,23 +1,26 @@
 """Ray Train: one run on N workers.
 
 The driver runs `fit` in a thread and watches the ledger; one actor on the driver's node is the ledger's
-writer; a worker that dies is replaced by Ray Train, and every rank goes on from the last checkpoint.
+writer; a worker that dies is replaced by Ray Train, and every rank goes on from the last checkpoint. Rank 0
+hears from the writer when the run is to stop: the driver has got SIGTERM, or a host is being taken away.
 Checkpoints are piste's own on shared storage, the same with and without Ray: Ray Train would make one
 durable for a resume only at its controller's next poll.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import shutil
+import signal
 import tempfile
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 # Read by Ray when it is imported or started.
 for _key, _value in {
@@ -32,8 +35,10 @@ for _key, _value in {
 import ray
 import ray.train
 import torch
+from ray.exceptions import RayActorError
 from ray.train import (
     FailureConfig,
+    PreemptionError,
     RunConfig,
     ScalingConfig,
     TrainingFailedError,
@@ -44,11 +49,12 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from piste import catalog, tracking
 from piste.config import Recipe, Resources, validate
-from piste.errors import BadInput, PisteError, cause
+from piste.errors import BadInput, PisteError, Terminated, cause
 from piste.ledger import Ledger
-from piste.preflight import check_resources, cpus
+from piste.preflight import check_hosts, check_resources, cpus
+from piste.stopping import PREEMPTED
 from piste.workload import Run
-from piste.writer import ask, start_writer, transport
+from piste.writer import ask, listener, start_writer, transport
 
 NAMESPACE = "piste"
 
@@ -79,7 +85,7 @@ class RayRun(Run):
 
 @contextmanager
 def cluster(resources: Resources, dashboard: bool = False) -> Iterator[None]:
-    """A connection to Ray: the recipe's cluster, that of RAY_ADDRESS, or a local Ray that ends with the context.
+    """A connection to Ray: the recipe's cluster, RAY_ADDRESS's, or a local Ray that ends with the context.
 
     Inside another such context it is that one's.
 
@@ -95,6 +101,7 @@ def cluster(resources: Resources, dashboard: bool = False) -> Iterator[None]:
         yield
         return
     temporary = None
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     address = resources.address or os.environ.get("RAY_ADDRESS")  # Ray sets it inside a job
     try:
         if address is not None:
@@ -116,11 +123,15 @@ def cluster(resources: Resources, dashboard: bool = False) -> Iterator[None]:
                 object_store_memory=200 * 2**20,
                 _temp_dir=temporary,
             )
+    except SystemExit:  # Ray's own answer to SIGTERM
+        raise Terminated from None
     except (ConnectionError, RuntimeError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0]
         if address is None:
             raise BadInput(f"a local Ray cannot be started: {reason}: try --local") from None
         raise BadInput(f"the Ray cluster at {address}: {reason}: is it up?") from None
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, on_sigterm)
     try:
         yield
     finally:
@@ -147,43 +158,66 @@ def preflight(config: Recipe, ledger_url: str) -> None:
                 f"resources: the run needs {amount:g} {kind}s, the cluster has {total.get(kind, 0.0):g}"
             )
     nodes = [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
-    if len(nodes) == 1 or resources.one_host:
-        return
-    lacking = []
-    if ledger_url.startswith("sqlite"):
-        lacking.append("a ledger in PostgreSQL (PISTE_LEDGER=postgresql+psycopg://...)")
-    if not tracking.tracking_uri(config.tracking.uri).startswith("http"):
-        lacking.append("an MLflow server (MLFLOW_TRACKING_URI=http://...)")
-    if lacking:
-        raise BadInput(
-            f"the cluster has {len(nodes)} nodes: a run on several hosts needs {' and '.join(lacking)}, and "
-            "PISTE_HOME on storage that all of them share; if all nodes are this host, set "
-            "resources.one_host = true"
-        )
+    check_hosts(len(nodes), resources, ledger_url, tracking.tracking_uri(config.tracking.uri))
 
 
-def train(ledger: Ledger, run_id: str, config: Recipe) -> None:
-    """Runs the next attempt of a run on Ray Train and returns when it has ended.
+class Outcome(NamedTuple):
+    """How an attempt of a run has ended.
+
+    Attributes:
+        failure: Why it failed, or None.
+        stopped: Why it ended early and may go on, or None.
+    """
+
+    failure: str | None = None
+    stopped: str | None = None
+
+
+def train(ledger: Ledger, run_id: str, config: Recipe, stop: threading.Event) -> bool:
+    """Runs the next attempt of a run on Ray Train, and another one after each preemption.
+
+    Args:
+        ledger: The ledger that has it.
+        run_id: The run.
+        config: Its recipe.
+        stop: Set when the run is to end early, with a checkpoint.
+
+    Returns:
+        Whether it has ended early because it was to.
 
     Raises:
         BadInput: The resources cannot be had.
-        PisteError: The workload failed, or its workers died too often.
+        PisteError: The workload failed, or its workers died or were preempted too often.
     """
-    check_resources(config.resources)
-    with cluster(config.resources):
+    resources = config.resources
+    check_resources(resources)
+    with cluster(resources):
         preflight(config, ledger.url)
         writer = start_writer(ledger.url)
-        job = ask(writer.job.remote(run_id))
 
         def failed() -> str | None:
             row = ledger.run(run_id)
             return row.error if row.status == "failed" else None
 
-        failure = fit(job, config, writer, failed) or ask(writer.failure.remote(run_id))
+        outcome, preemptions = Outcome(stopped=PREEMPTED), 0
+        while outcome.stopped == PREEMPTED and not stop.is_set():
+            outcome = fit(ask(writer.job.remote(run_id)), config, writer, failed, stop)
+            preemptions += outcome.stopped == PREEMPTED
+            if 0 <= resources.max_preemptions < preemptions:
+                outcome = Outcome(_too_often(preemptions, resources))
+        failure = outcome.failure or ask(writer.failure.remote(run_id))
         if failure is None:
             ray.kill(writer)  # else Ray Train may still ask it whether to go on
     if failure is not None:
         raise PisteError(failure)
+    return outcome.stopped is not None
+
+
+def _too_often(preemptions: int, resources: Resources) -> str:
+    return (
+        f"preempted {preemptions} times, and resources.max_preemptions = {resources.max_preemptions}: "
+        "`piste resume` continues from the last checkpoint"
+    )
 
 
 def fit(
@@ -191,8 +225,9 @@ def fit(
     config: Recipe,
     writer: Any,
     failed: Callable[[], str | None],
+    stop: threading.Event | None = None,
     callbacks: Sequence[UserCallback] = (),
-) -> str | None:
+) -> Outcome:
     """Runs the next attempt of a run on Ray Train's workers.
 
     Args:
@@ -201,16 +236,14 @@ def fit(
         writer: The writer's handle.
         failed: Why the run has failed on its own account, asked twice a second: such a failure would come
             again on every replacement, so it ends the run at once.
+        stop: Set when the run is to end early, with a checkpoint.
         callbacks: Ray Train's, for a run that is a trial of Ray Tune.
-
-    Returns:
-        Why it failed, or None.
     """
     resources, directory = config.resources, Path(job["directory"])
     gpus = resources.gpus_per_worker
     per_worker = {"CPU": resources.cpus_per_worker, **({"GPU": gpus} if gpus else {})}
     trainer = TorchTrainer(
-        _work,
+        _work,  # type: ignore[arg-type]
         train_loop_config={**job, "writer": writer},
         torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
         scaling_config=ScalingConfig(
@@ -220,30 +253,43 @@ def fit(
             # A new name: Ray Train resumes silently from an earlier run of the same one.
             name=f"attempt-{job['attempt'] + 1}",
             storage_path=str(directory / "ray"),
-            failure_config=FailureConfig(max_failures=resources.max_failures),
+            failure_config=FailureConfig(  # type: ignore[call-arg]
+                max_failures=resources.max_failures,
+                max_preemption_failures=0,  # counted by who calls this
+            ),
             callbacks=list(callbacks),  # type: ignore[arg-type]
         ),
     )
-    outcome: list[str | None] = []
+    outcome: list[Outcome] = []
 
     def run() -> None:
         try:
-            trainer.fit()
-            outcome.append(None)
+            outcome.append(Outcome(stopped=trainer.fit().return_value))  # type: ignore[attr-defined]
         except TrainingFailedError as error:
-            outcome.append(_reason(error))
+            preempted = _was_preempted(error)
+            outcome.append(Outcome(stopped=PREEMPTED) if preempted else Outcome(_reason(error)))
         except Exception as error:
             line = str(error).strip().partition("\n")[0]
-            outcome.append(f"Ray: {type(error).__name__}: {line}")
+            outcome.append(Outcome(f"Ray: {type(error).__name__}: {line}"))
 
     # In a thread, so that this one can be interrupted.
     thread = threading.Thread(target=run, name="piste-fit", daemon=True)
     thread.start()
     while thread.is_alive():
         thread.join(0.5)
+        if stop is not None and stop.is_set():
+            writer.stop.remote()  # again and again: it may have been restarted
         if (failure := failed()) is not None:
-            return failure
+            return Outcome(failure)
     return outcome[0]
+
+
+def _was_preempted(error: TrainingFailedError) -> bool:
+    """Whether a group of workers ended because a host was taken away before they had stopped."""
+    if isinstance(error, WorkerGroupError):
+        failures = error.worker_failures.values()
+        return any(isinstance(each, RayActorError) and each.preempted for each in failures)
+    return isinstance(error, PreemptionError)
 
 
 def _reason(error: TrainingFailedError) -> str:
@@ -255,13 +301,13 @@ def _reason(error: TrainingFailedError) -> str:
     return str(error).strip().splitlines()[-1]
 
 
-def _work(job: Mapping[str, Any]) -> None:
-    """What every Ray Train worker executes."""
+def _work(job: Mapping[str, Any]) -> str | None:
+    """What every Ray Train worker executes; returns why it ended early, where it was told to."""
     context = ray.train.get_context()
     rank, writer, run_id = context.get_world_rank(), job["writer"], job["run_id"]
     os.environ["PISTE_HOME"] = job["home"]  # a worker was started elsewhere, and maybe before it was set
     if ask(writer.failure.remote(run_id)) is not None:
-        return  # Ray Train would try again what has failed on its own account
+        return None  # Ray Train would try again what has failed on its own account
     module = catalog.load_workload(job["config"]["workload"])
     config = validate(module.Config, job["config"], run_id)
     attempt = int(ask(writer.begin_attempt.remote(run_id))) if rank == 0 else 0
@@ -274,19 +320,29 @@ def _work(job: Mapping[str, Any]) -> None:
         rank=rank,
         world_size=context.get_world_size(),
         created=job["created"],
+        told=listener(writer, _nodes(context.get_world_size())),
     )
     if config.resources.gpus_per_worker > 0:
         run.device = ray.train.torch.get_device()
     try:
         module.train(config, run)
         run.close()
+        return run.stopped
     except Exception as error:
-        (Path(job["directory"]) / f"error-rank-{rank}.txt").write_text(
-            traceback.format_exc(), encoding="utf-8"
-        )
+        text, path = traceback.format_exc(), Path(job["directory"]) / f"error-rank-{rank}.txt"
+        with contextlib.suppress(OSError):  # a full disk, say: the failure itself is what is to be told
+            path.write_text(text, encoding="utf-8")
         if not _lost_a_peer(error):
             ask(writer.fail.remote(run_id, cause(error)))
         raise
+
+
+def _nodes(workers: int) -> list[str]:
+    """The nodes of all workers: a collective of all ranks."""
+    nodes = [ray.get_runtime_context().get_node_id()] * workers
+    if workers > 1:
+        torch.distributed.all_gather_object(nodes, nodes[0])
+    return sorted(set(nodes))
 
 
 def _lost_a_peer(error: Exception) -> bool:

@@ -23,7 +23,13 @@ Rows = tuple[list[dict[str, Any]], list[dict[str, Any]], list[dict[str, Any]]]
 
 @dataclass
 class Trial:
-    """One trial as this process knows it: the ledger's `Trial`, its seed, its tries, its computing time."""
+    """One trial as this process knows it: the ledger's `Trial`, its seed, its tries, its computing time.
+
+    Attributes:
+        tries: How often it was tried again.
+        preemptions: How often it was stopped because its host was taken away.
+        seconds: How long its run has computed.
+    """
 
     number: int
     cell: int
@@ -36,6 +42,7 @@ class Trial:
     value: float | None = None
     step: int | None = None
     tries: int = 0
+    preemptions: int = 0
     seconds: float = 0.0
 
 

@@ -47,12 +47,13 @@ from piste.trials import Work
 from piste.writer import ask, start_writer
 
 
-def run(schedule: Schedule, tell: Tell) -> None:
+def run(schedule: Schedule, tell: Tell, stop: threading.Event) -> None:
     """Executes a sweep on the recipe's cluster, or on a local Ray.
 
     Args:
         schedule: The sweep.
         tell: Called when work has started or ended.
+        stop: Set when no trial is to start any more and the running ones are to end with a checkpoint.
 
     Raises:
         BadInput: The resources cannot be had.
@@ -63,7 +64,7 @@ def run(schedule: Schedule, tell: Tell) -> None:
     with training.cluster(resources, dashboard=distributed):
         fits = capacity(schedule.section, resources)
         writer = start_writer(schedule.ledger.url)
-        searcher = _LedgerSearcher(schedule, writer, tell)
+        searcher = _LedgerSearcher(schedule, writer, tell, stop)
         folder = Path(schedule.ledger.sweeps.get(schedule.sweep_id).directory) / "tune"
         os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(fits)
         trial = _distributed if distributed else trial_process.compute
@@ -85,7 +86,7 @@ def run(schedule: Schedule, tell: Tell) -> None:
             ),
         )
         try:
-            _fit(tuner)
+            _fit(tuner, writer, stop)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
             ray.kill(writer)  # the cluster may outlive the sweep
@@ -144,7 +145,7 @@ def _scheduler(schedule: Schedule) -> TrialScheduler:
     return FIFOScheduler()  # type: ignore[no-untyped-call]
 
 
-def _fit(tuner: tune.Tuner) -> None:
+def _fit(tuner: tune.Tuner, writer: Any, stop: threading.Event) -> None:
     """Runs `fit` in a thread, so that this one can be interrupted."""
     failure: list[BaseException] = []
 
@@ -158,6 +159,8 @@ def _fit(tuner: tune.Tuner) -> None:
     thread.start()
     while thread.is_alive():
         thread.join(0.5)
+        if stop.is_set():
+            writer.stop.remote()  # again and again: it may have been restarted
     if failure:
         raise PisteError(f"Ray Tune: {str(failure[0]).strip().splitlines()[-1]}") from failure[0]
 
@@ -179,13 +182,15 @@ class _LedgerSearcher(Searcher):
         schedule: The sweep.
         writer: The ledger's writer, which keeps what the trials' processes are told.
         tell: Called when work has started or ended.
+        stop: Set when no trial is to start any more.
     """
 
-    def __init__(self, schedule: Schedule, writer: Any, tell: Tell) -> None:
+    def __init__(self, schedule: Schedule, writer: Any, tell: Tell, stop: threading.Event) -> None:
         super().__init__(metric=OBJECTIVE, mode=schedule.section.mode)
         self._schedule = schedule
         self._writer = writer
         self._tell = tell
+        self._stop = stop
         self._sizer = packing.PackSizer()
         self._work: dict[str, Work] = {}
         self.failure: Exception | None = None
@@ -193,15 +198,16 @@ class _LedgerSearcher(Searcher):
     def suggest(self, trial_id: str) -> Any:
         """The next trial or pack; None where all that can be suggested now is running."""
         try:
-            work = None if self.failure else self._schedule.next(self._sizer.size)
+            over = self.failure is not None or self._stop.is_set()
+            work = None if over else self._schedule.next(self._sizer.size)
             if work is None:
-                return Searcher.FINISHED if self.failure or self._schedule.ended else None
+                return Searcher.FINISHED if over or self._schedule.ended else None
             name = work.trials[0].run_id
             if work.packed:
                 ask(self._writer.keep.remote(name, work))
             self._work[trial_id] = work
             self._tell("started", work)
-            return {"run": name}
+            return {"run": name, "packed": work.packed}
         except Exception as error:
             self.failure = error
             return Searcher.FINISHED
@@ -213,8 +219,11 @@ class _LedgerSearcher(Searcher):
         measured = [packing.Measurement(*each) for each in told.get("measured", ())]
         failure = "its process died" if error else told.get("failure")
         try:
-            self._sizer.learn(measured)
-            self._schedule.settle(work, failure, sum(each.seconds for each in measured))
+            if told.get("forgotten"):
+                self._schedule.put_back(work)
+            else:
+                self._sizer.learn(measured)
+                self._schedule.settle(work, failure, sum(each.seconds for each in measured))
             self._tell("ended", work)
         except Exception as broken:
             self.failure = broken
@@ -256,8 +265,8 @@ def _distributed(trial: Mapping[str, Any], writer: Any, section: Sweep) -> None:
         answer: str | None = ask(writer.failure.remote(name))
         return answer
 
-    failure = training.fit(job, config, writer, failed, [_Report(section.metric)]) or failed()
-    if failure is None:
-        ask(writer.finish.remote(name))
-    else:
+    outcome = training.fit(job, config, writer, failed, callbacks=[_Report(section.metric)])
+    if (failure := outcome.failure or failed()) is not None:
         ask(writer.fail.remote(name, failure))
+    else:
+        trial_process.ended(name, outcome.stopped, writer)

@@ -18,11 +18,12 @@ pass and of two run in the same loop, logs at any rate, and reports at most abou
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -30,7 +31,9 @@ import torch
 
 from piste.buffer import MetricBuffer, Send
 from piste.checkpoints import CheckpointStore, load_model
+from piste.errors import PisteError
 from piste.ledger import Ledger
+from piste.stopping import ASKED
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -50,6 +53,19 @@ class Run:
         world_size: How many workers there are.
         device: Where this worker computes.
         directory: The run's folder, shared by all workers.
+        stopped: Why the workload ends early, once it has been told to; None before.
+
+    Args:
+        run_id: The run's id.
+        config: Its recipe.
+        directory: Its folder.
+        send: Delivers metrics to the ledger's writer.
+        attempt: The number of this attempt.
+        rank: This worker's number.
+        world_size: How many workers there are.
+        created: When the run was created, in seconds since the epoch.
+        stop: Set when the run is to end early.
+        told: Asked about once a second, on rank 0: why the run is to end early, or None.
     """
 
     def __init__(
@@ -62,6 +78,8 @@ class Run:
         rank: int = 0,
         world_size: int = 1,
         created: float | None = None,
+        stop: threading.Event | None = None,
+        told: Callable[[], str | None] | None = None,
     ) -> None:
         self.id = run_id
         self.seed = config.seed
@@ -70,11 +88,14 @@ class Run:
         self.directory = directory
         self.device = torch.device("cuda" if config.resources.gpus_per_worker > 0 else "cpu")
         self._checkpoints = CheckpointStore(directory / "checkpoints", config.checkpoints.keep)
-        self._stop = threading.Event()
+        self._stop = stop or threading.Event()
+        self._why = ASKED
+        self._told = told
+        self.stopped: str | None = None
         self._buffer: MetricBuffer | None = None
         if rank == 0:
             sample = _SystemSampler(created or time.time()) if config.tracking.system_metrics else None
-            self._buffer = MetricBuffer(send, run_id, attempt, sample)
+            self._buffer = MetricBuffer(send, run_id, attempt, sample, self._listen if told else None)
         torch.set_num_threads(config.resources.cpus_per_worker)
         torch.manual_seed(self.seed)
 
@@ -127,7 +148,7 @@ class Run:
         `report`, with its `"step"`.
         """
         self._barrier()
-        found = self._checkpoints.latest(self.rank)
+        found = self._checkpoints.latest(self.rank, self._say)
         if found is None:
             return None
         state, own = found
@@ -186,18 +207,36 @@ class Run:
     @property
     def should_stop(self) -> bool:
         """Whether the run was asked to end: finish the step, report a checkpoint, return."""
+        if self._stop.is_set():
+            self.stopped = self._why
         return self._stop.is_set()
 
     # -- what the platform says ---------------------------------------------------------------------
 
-    def stop(self) -> None:
+    def stop(self, why: str = ASKED) -> None:
         """Asks the workload to end after its current step."""
+        self._why = why
         self._stop.set()
 
     def close(self) -> None:
         """Waits until everything logged is in the ledger."""
         if self._buffer is not None:
             self._buffer.close()
+
+    def _listen(self) -> None:
+        """Hears whether the run is to end early; a writer that does not answer is asked again."""
+        assert self._told is not None
+        with contextlib.suppress(PisteError):
+            if not self._stop.is_set() and (why := self._told()) is not None:
+                self.stop(why)
+
+    def _say(self, line: str) -> None:
+        """Adds a line to the run's log, on rank 0."""
+        if self._buffer is not None:
+            path = self._artifact_path("log.txt")
+            with path.open("a", encoding="utf-8") as file:
+                file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
+            self._record("log", path, None)
 
     def _barrier(self) -> None:
         """Waits for all ranks."""
@@ -225,10 +264,13 @@ class Run:
         )
 
 
-def local_run(run_id: str, config: Recipe, directory: Path, ledger: Ledger) -> Run:
+def local_run(
+    run_id: str, config: Recipe, directory: Path, ledger: Ledger, stop: threading.Event | None = None
+) -> Run:
     """A run in this process: one worker, its ledger writer a plain call from the buffer's thread."""
     created = ledger.run(run_id).created
-    return Run(run_id, config, directory, ledger.apply, ledger.begin_attempt(run_id), created=created)
+    attempt = ledger.begin_attempt(run_id)
+    return Run(run_id, config, directory, ledger.apply, attempt, created=created, stop=stop)
 
 
 def _random_state(device: torch.device) -> dict[str, torch.Tensor]:

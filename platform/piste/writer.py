@@ -5,6 +5,8 @@ It is the first thing that they all wait for, so its process imports little.
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable, Collection
 from typing import Any
 
 import ray
@@ -15,17 +17,26 @@ from piste.buffer import Send
 from piste.errors import PisteError
 from piste.home import home
 from piste.ledger import Ledger, Message
+from piste.stopping import ASKED, PREEMPTED
 
-WRITER_SECONDS = 30.0
+WRITER_SECONDS = 75.0  # longer than the ledger waits for its database
+DRAIN_SECONDS = 1.0
 
 
 class Writer:
-    """The only writer of a driver's runs, as an actor; every call may be repeated."""
+    """The only writer of a driver's runs, as an actor; every call may be repeated.
+
+    What it keeps in memory is lost when its process is killed: the driver says it again, or starts again the
+    work that it was about.
+    """
 
     def __init__(self, url: str) -> None:
-        self._ledger = Ledger(url)
+        self._ledger = Ledger(url, patient=True)
         self._failures: dict[str, str] = {}
         self._packs: dict[str, Any] = {}
+        self._stopping = False
+        self._draining: set[str] = set()
+        self._looked = float("-inf")
 
     def apply(self, message: Message) -> int:
         """Commits metrics; returns the acknowledgement."""
@@ -61,6 +72,23 @@ class Writer:
         """Records that a run has ended well."""
         self._ledger.set_status(run_id, "finished")
 
+    def interrupt(self, run_id: str, why: str) -> None:
+        """Records that a run has ended early, with a checkpoint."""
+        self._ledger.set_status(run_id, "interrupted", why)
+
+    def stop(self) -> None:
+        """Asks all of the driver's runs to end early."""
+        self._stopping = True
+
+    def told(self, nodes: Collection[str]) -> str | None:
+        """Why a run whose workers are on these nodes is to end early; None where it may go on."""
+        if self._stopping:
+            return ASKED
+        if time.monotonic() > self._looked + DRAIN_SECONDS:
+            self._draining = set(ray._private.state.state.get_draining_nodes())
+            self._looked = time.monotonic()
+        return None if self._draining.isdisjoint(nodes) else PREEMPTED
+
     def keep(self, name: str, work: Any) -> None:
         """Keeps a pack until it is fetched."""
         self._packs[name] = work
@@ -71,7 +99,8 @@ class Writer:
 
     def record(self, name: str, rows: Any) -> None:
         """Records a computed pack, once, and forgets what it was made of."""
-        if self._packs.pop(name, None) is not None:
+        self._packs.pop(name, None)
+        if not self._ledger.sweeps.has_run(name):
             self._ledger.sweeps.record(*rows)
 
 
@@ -97,6 +126,16 @@ def transport(writer: Any) -> Send:
         return int(ask(writer.apply.remote(message)))
 
     return send
+
+
+def listener(writer: Any, nodes: Collection[str]) -> Callable[[], str | None]:
+    """Asks the writer why a run on these nodes is to end early."""
+
+    def told() -> str | None:
+        why: str | None = ask(writer.told.remote(nodes))
+        return why
+
+    return told
 
 
 def ask(reference: Any) -> Any:

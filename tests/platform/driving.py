@@ -42,7 +42,7 @@ def write(path: Path, text: str) -> Path:
     return path
 
 
-def paced_recipe(folder: Path, resources: str = "", **pace: int) -> Path:
+def paced_recipe(folder: Path, resources: str = "", **pace: int | str) -> Path:
     """Writes a recipe of the paced workload whose records lie in `folder`."""
     lines = [f'workload = "{PACED}"', "[pace]", f'records = "{folder}"']
     lines += [f"{key} = {value}" for key, value in pace.items()]
@@ -71,18 +71,19 @@ def wait_until(condition: Callable[[], bool], what: str, seconds: float = 120.0)
         time.sleep(0.02)
 
 
-def environment(home: Path) -> dict[str, str]:
+def environment(home: Path, ledger: str | None = None) -> dict[str, str]:
     removed = {"MLFLOW_TRACKING_URI", "PISTE_LEDGER", "RAY_ADDRESS"}
     kept = {key: value for key, value in os.environ.items() if key not in removed}
-    return kept | {"PISTE_HOME": str(home), "PYTHONPATH": str(ROOT)}
+    chosen = {} if ledger is None else {"PISTE_LEDGER": ledger}
+    return kept | chosen | {"PISTE_HOME": str(home), "PYTHONPATH": str(ROOT)}
 
 
-def start_piste(home: Path, *arguments: str | Path) -> subprocess.Popen[str]:
+def start_piste(home: Path, *arguments: str | Path, ledger: str | None = None) -> subprocess.Popen[str]:
     """Starts `python -m piste` as a process."""
     command = [sys.executable, "-m", "piste", *map(str, arguments)]
     return subprocess.Popen(
         command,
-        env=environment(home),
+        env=environment(home, ledger),
         cwd=home.parent,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -90,7 +91,7 @@ def start_piste(home: Path, *arguments: str | Path) -> subprocess.Popen[str]:
     )
 
 
-def end(process: subprocess.Popen[str], seconds: float = 180.0) -> tuple[int, str, str]:
+def end(process: subprocess.Popen[str], seconds: float = 400.0) -> tuple[int, str, str]:
     """Waits for a process: exit code, stdout, stderr; kills it when the deadline has passed."""
     try:
         out, err = process.communicate(timeout=seconds)

@@ -32,6 +32,7 @@ class Pace(Section):
     hold_at: int = Field(default=0, description="wait for the file `go` among the records")
     fail_at: int = Field(default=0, description="raise, unless the file `mended` is among the records")
     fail_rank: int = 0
+    deaf: bool = Field(default=False, description="go on waiting where the run was asked to stop")
     nan_at: int = Field(default=0, description="log a metric that is not a number")
 
 
@@ -99,7 +100,9 @@ def _pace(pace: Pace, run: Run, step: int) -> None:
         file.write(f"{step} {os.getpid()}\n")
     if step == pace.fail_at and run.rank == pace.fail_rank and not (pace.records / "mended").exists():
         raise RuntimeError(FAILURE)
-    while step == pace.hold_at and not (pace.records / "go").exists() and not run.should_stop:
+    go = pace.records / "go"
+    held = step == pace.hold_at and run.rank == 0  # the others wait for it in their collective
+    while held and not go.exists() and (pace.deaf or not run.should_stop):
         time.sleep(0.01)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-RAY = {"training.py", "tuning.py", "trial_process.py", "writer.py", "streaming.py", "jobs.py"}
+RAY = {"training.py", "tuning.py", "trial_process.py", "writer.py", "streaming.py", "clusters.py"}
 
 
 def imported(path: Path) -> set[str]:
@@ -44,7 +44,8 @@ def test_a_source_root_holds_one_package_and_is_none_itself(root: str) -> None:
 )
 def test_one_room_alone_knows(library: str, allowed: set[str]) -> None:
     house = ROOT / "platform" / "piste"
-    files = [p for p in house.rglob("*.py") if library in imported(p)]
+    # The probe asks a cluster what there is, before anything of the house is there.
+    files = [p for p in house.rglob("*.py") if library in imported(p) and p.name != "probe.py"]
     users = {p.relative_to(house).parts[0] for p in files}  # a module, or a room of several
     assert users, f"nothing imports {library}: this test looks in the wrong place"
     assert users <= allowed

@@ -252,7 +252,7 @@ def test_a_terminated_run_keeps_its_last_step(shown_home: Path, tmp_path: Path, 
     process = start_held(shown_home, folder, 13)
     process.send_signal(signal.SIGTERM)
     code, _, err = end(process)
-    assert code == 130
+    assert code == 143
     [row] = ledger_of(shown_home).runs()
     assert row.status == "interrupted"
     assert f"piste resume {row.id} --local" in err

@@ -347,7 +347,7 @@ def test_the_store_in_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert tracking.tracking_uri("http://here") == "http://here"
 
 
-@pytest.mark.slow
+@pytest.mark.fault
 def test_a_server_that_stalls_and_dies_slows_no_step_and_loses_no_metric(
     ledger: Ledger, store: Path, tmp_path: Path
 ) -> None:

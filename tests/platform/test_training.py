@@ -5,9 +5,7 @@ from __future__ import annotations
 import math
 import os
 import signal
-import subprocess
 import tempfile
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,13 +17,10 @@ from sqlalchemy import func, select
 from tests.platform.driving import (
     PACED,
     NoRelay,
-    alive,
     assert_same_weights,
-    descendants,
     done_again,
     end,
     final_weights,
-    ledger_of,
     paced_recipe,
     start_piste,
     steps_taken,
@@ -130,42 +125,6 @@ def test_an_error_of_the_workload_ends_the_run_and_is_not_tried_again(
     assert [step for step, _ in steps_taken(tmp_path, 1)] == [*range(1, 8), *range(6, STEPS + 1)]
     assert resumed.history("train/loss") == two.history("train/loss")
     assert_same_weights(two.directory, resumed.directory)
-
-
-@pytest.mark.slow
-def test_ctrl_c_ends_a_run_on_ray_at_once_and_leaves_nothing_behind(shown_home: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "records"
-    recipe = paced_recipe(folder, "workers = 2", hold_at=13)
-    process = start_piste(shown_home, "run", recipe, "--json")
-    wait_for_step(process, folder, 13)
-    children = descendants(process.pid)
-    workers = {pid for rank in (0, 1) for _, pid in steps_taken(folder, rank)}
-    assert workers <= {child.pid for child in children}
-    pressed = time.monotonic()
-    process.send_signal(signal.SIGINT)
-    code, _, err = end(process)
-    seconds = time.monotonic() - pressed
-    [row] = ledger_of(shown_home).runs()
-    assert code == 130, err
-    assert row.status == "interrupted"
-    assert f"piste resume {row.id}" in err
-    assert "Traceback" not in err
-    assert seconds < 5.0
-    relays = [child for child in children if any("piste.relay_process" in line for line in alive([child]))]
-    wait_until(lambda: not alive([child for child in children if child not in relays]), "Ray's end", 10.0)
-    wait_until(lambda: not alive(relays), "the end of the relay, which drains by itself", 60.0)
-    (folder / "go").touch()
-    code, out, err = end(start_piste(shown_home, "resume", row.id, "--json"))
-    assert code == 0, err
-    assert '"status": "finished"' in out
-
-
-def wait_for_step(process: subprocess.Popen[str], folder: Path, step: int) -> None:
-    def there() -> bool:
-        assert process.poll() is None, end(process)
-        return all(any(taken == step for taken, _ in steps_taken(folder, rank)) for rank in (0, 1))
-
-    wait_until(there, f"step {step} of both ranks", 180.0)
 
 
 @pytest.fixture

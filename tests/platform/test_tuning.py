@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -13,17 +11,8 @@ from typing import Any
 import pytest
 from tests.platform.driving import (
     PACED,
-    alive,
-    descendants,
-    end,
-    end_server,
-    free_port,
-    ledger_of,
-    start_piste,
-    start_server,
     steps_taken,
     wait_until,
-    write,
 )
 
 import piste
@@ -137,111 +126,3 @@ def test_trials_that_fail_leave_the_sweep_and_each_other_alone(
     assert result.status == "finished"
     assert [t.outcome for t in result.trials] == ["finished", "failed"] * 3
     assert {t.error for t in result.trials[1::2]} == {"RuntimeError: the laboratory is on fire"}
-
-
-RECIPE = """
-workload = "tests.platform.paced"
-[pace]
-records = "{records}"
-hold_at = {hold_at}
-[tracking]
-system_metrics = false
-[sweep]
-metric = "train/loss"
-trials = 12
-searcher = "tpe"
-batch = 3
-[sweep.space]
-"optimizer.lr" = {{ log_uniform = [1e-3, 0.3] }}
-seed = {{ repeats = 2 }}
-"""
-
-
-def start(home: Path, folder: Path, *arguments: str, hold_at: int = 13) -> subprocess.Popen[str]:
-    folder.mkdir(exist_ok=True)
-    recipe = write(folder / "paced.toml", RECIPE.format(records=folder, hold_at=hold_at))
-    return start_piste(home, "sweep", recipe, "--json", *arguments)
-
-
-def undisturbed(home: Path, folder: Path) -> list[tuple[Any, ...]]:
-    """The same sweep in one process, from the start to the end."""
-    (folder / "go").touch()
-    code, _, err = end(start(home, folder, "--local", "--fresh"))
-    assert code == 0, err
-    return told(ledger_of(home), ledger_of(home).sweeps.newest()[0].id)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
-def test_a_sweep_whose_driver_was_ended_resumes_to_the_same_trials(
-    shown_home: Path, tmp_path: Path, how: signal.Signals
-) -> None:
-    folder = tmp_path / "records"
-    process = start(shown_home, folder)
-
-    def held() -> bool:
-        assert process.poll() is None, end(process)
-        return any(step == 13 for step, _ in steps_taken(folder))
-
-    wait_until(held, "a trial at step 13", 180.0)
-    children = descendants(process.pid)
-    pressed = time.monotonic()
-    process.send_signal(how)
-    code, _, err = end(process)
-    assert code == (130 if how == signal.SIGINT else -signal.SIGKILL), err
-    assert "Traceback" not in err
-    [row] = ledger_of(shown_home).sweeps.newest()
-    if how == signal.SIGINT:
-        assert time.monotonic() - pressed < 5.0
-        assert f"piste sweep --resume {row.id}" in err
-        assert row.status == "interrupted"
-    # Ray's agents notice after a minute that their raylet is gone.
-    wait_until(lambda: not alive(children), "the end of all processes", 120.0)
-    (folder / "go").touch()
-    code, out, err = end(start_piste(shown_home, "sweep", "--resume", row.id, "--json"))
-    assert code == 0, err
-    assert '"status": "finished"' in out
-    disturbed = told(ledger_of(shown_home), row.id)
-    assert len(disturbed) == 12
-    assert disturbed == undisturbed(shown_home, folder)
-
-
-@pytest.mark.slow
-def test_a_sweep_whose_tracking_server_was_killed_loses_nothing(shown_home: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "records"
-    port = free_port()
-    server = start_server(shown_home / "mlflow.db", port)
-    try:
-        process = start(shown_home, folder, "--local", "--tracking.uri", f"http://127.0.0.1:{port}")
-        wait_until(lambda: any(step == 13 for step, _ in steps_taken(folder)), "a trial at step 13", 60.0)
-    finally:
-        end_server(server)
-    (folder / "go").touch()
-    code, out, err = end(process)
-    assert code == 0, err
-    assert '"status": "finished"' in out
-    assert "piste sync" in err
-    [row] = ledger_of(shown_home).sweeps.newest()
-    server = start_server(shown_home / "mlflow.db", port)
-    try:
-        code, out, err = end(start_piste(shown_home, "sync"))
-        assert (code, out) == (0, "1 runs and sweeps in step with MLflow, 0 rows pending\n"), err
-    finally:
-        end_server(server)
-    shown = mlflow_trials(shown_home / "mlflow.db", row.id)
-    trials = ledger_of(shown_home).sweeps.trials(row.id)
-    assert shown == {str(t.number): t.value for t in trials}
-    assert told(ledger_of(shown_home), row.id) == undisturbed(shown_home, folder)
-
-
-def mlflow_trials(store: Path, sweep_id: str) -> dict[str, float | None]:
-    """The trials of a sweep that an MLflow store has, with their objectives; each may be there once."""
-    from mlflow import MlflowClient
-
-    client = MlflowClient(tracking_uri=f"sqlite:///{store}")
-    experiments = [e.experiment_id for e in client.search_experiments()]
-    found = client.search_runs(experiments, f"tags.`piste.sweep_id` = '{sweep_id}'", max_results=1000)
-    trials = [run for run in found if "piste.trial" in run.data.tags]
-    by_number = {run.data.tags["piste.trial"]: run.data.metrics.get("train/loss") for run in trials}
-    assert len(by_number) == len(trials)
-    return by_number
