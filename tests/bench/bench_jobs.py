@@ -129,7 +129,7 @@ def main() -> None:
         print(f"a small run has ended  {ended:6.2f} s  (a bare no-op {bare_ended:.2f} s)   # target 6 s")
         used = memory([head.process_id, server.pid])
         print(
-            f"head and MLflow        {used:6.2f} GiB                        # target 1.5 GiB with the platform"
+            f"head and MLflow        {used:6.2f} GiB                       # target 1.5 GiB with the platform"
         )
         swept = write(folder / "recipe" / "sweep.toml", RECIPE + SWEEP)
         seconds = head_loss(head, home, swept)
