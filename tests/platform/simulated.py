@@ -111,7 +111,8 @@ class Process:
         self.dead = False
         self.stumbles = False  # its workload is to fail
         self.attempt = 0  # of a worker: which attempt it began
-        self.faults: deque[str] = deque()
+        self.faults: deque[str] = deque(parent.inherited if parent is not None else ())
+        self.inherited: list[str] = []  # the faults of its children
         self.output = io.StringIO()
         self.closed = False  # its standard input
         self.tasks: list[Task] = []

@@ -76,6 +76,10 @@ BAD_INPUT = {
     "no workers": ("run {q} --resources.workers 0", ["resources.workers", "given: 0"]),
     "seed": ("run {q} --seed true", ["seed", "whole number"]),
     "policy": ("run {q} --checkpoints.keep some", ["keep = 'some'", '"last N"']),
+    "a password": (
+        "run {q} --tracking.uri http://me:hidden@host:5000",
+        ["MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"],
+    ),
     "no value": ("run {q} --problem.steps", ["--problem.steps needs a value"]),
     "missing file": ("run {folder}/none.toml", ["none.toml", "no such file"]),
     "folder": ("run {folder}", ["cannot be read"]),

@@ -16,7 +16,7 @@ from piste.clusters import Cluster
 from piste.config import Resources
 from piste.errors import BadInput, PisteError
 from piste.home import home
-from piste.ledger import Job, Ledger, open_ledger
+from piste.ledger import Job, Ledger, open_ledger, without_password
 
 HERE = {"python": "3.11.7", "ray": "2.60.0", "torch": "2.13.0"}
 
@@ -195,6 +195,19 @@ def test_passwords_stay_here(monkeypatch: pytest.MonkeyPatch, ray: Ray) -> None:
     submit(ledger, cluster(ray, nodes=("head", "worker")))
     assert "hidden" not in repr(ray.jobs["j"])
     assert "hidden" not in repr(vars(ledger.jobs.get("j")))
+
+
+@pytest.mark.parametrize(
+    ("url", "plain", "secret"),
+    [
+        ("postgresql://me:a%40b@store:5433/l", "postgresql://me@store:5433/l", {"PGPASSWORD": "a@b"}),
+        ("postgresql://store/l?password=x&user=me", "postgresql://store/l?user=me", {"PGPASSWORD": "x"}),
+        ("postgresql://me@store/l", "postgresql://me@store/l", {}),
+        ("sqlite:////tmp/a b/ledger.db", "sqlite:////tmp/a b/ledger.db", {}),
+    ],
+)
+def test_a_ledgers_password_is_taken_out_of_its_url(url: str, plain: str, secret: dict[str, str]) -> None:
+    assert without_password(url) == (plain, secret)
 
 
 STATES = {

@@ -65,6 +65,9 @@ def faults(*kinds: str) -> st.SearchStrategy[list[str]]:
     return st.lists(st.sampled_from(["none", *kinds]), max_size=4)
 
 
+worker_faults = faults("before", "after", "late", "late", "twice", "twice")
+
+
 class LifeCycle(RuleBasedStateMachine):
     """The machine; `prepare` gives it a folder and the means to replace what it stands in for."""
 
@@ -138,14 +141,16 @@ class LifeCycle(RuleBasedStateMachine):
         running.plan(self.ledger, "counted", running.resolve(config, "the machine"))
 
     @precondition(lambda self: self.model.runs and len(self.world.living("driver")) < 3)
-    @rule(which=index, turns=turns)
-    def start(self, which: int, turns: int) -> None:
+    @rule(which=index, turns=turns, faults=worker_faults)
+    def start(self, which: int, turns: int, faults: list[str]) -> None:
+        """A driver of a new run, or of one that is resumed; what goes wrong waits for its workers."""
         run = self._run(which)
         if run.owner is None:
             program = partial(running.execute, self.ledger, run.id, local=False)
         else:
             program = partial(running.resume, run.id)
         driver = self.world.start("driver", program)
+        driver.inherited = faults
         for _ in range(turns):
             self._step(driver)
 
@@ -161,16 +166,21 @@ class LifeCycle(RuleBasedStateMachine):
 
     # -- what happens -------------------------------------------------------------------------------
 
-    @precondition(lambda self: self.world.living("worker"))
-    @rule(which=index, turns=turns, faults=faults("before", "after", "late", "late", "twice", "twice"))
-    def advance_a_worker(self, which: int, turns: int, faults: list[str]) -> None:
-        """It goes on; what goes wrong waits for it."""
-        self._advance("worker", which=which, turns=turns, faults=faults)
-
     @precondition(lambda self: self.world.living("driver"))
     @rule(which=index, turns=turns, faults=faults("before", "after"))
-    def advance_a_driver(self, which: int, turns: int, faults: list[str]) -> None:
-        self._advance("driver", which=which, turns=turns, faults=faults)
+    def advance_a_run(self, which: int, turns: int, faults: list[str]) -> None:
+        """A driver goes on, and its workers; what goes wrong waits for the driver."""
+        driver = pick(self.world.living("driver"), which)
+        driver.faults.extend(faults)
+        for _ in range(turns):
+            for process in (driver, *self.world.living("worker")):
+                if process.driver is driver:
+                    self._step(process)
+
+    @precondition(lambda self: self.world.living("worker"))
+    @rule(which=index, turns=turns, faults=worker_faults)
+    def advance_a_worker(self, which: int, turns: int, faults: list[str]) -> None:
+        self._advance("worker", which=which, turns=turns, faults=faults)
 
     @precondition(lambda self: self.world.living("relay", "sync"))
     @rule(which=index, turns=turns, faults=faults("before", "after", "late", "twice", "partly"))
