@@ -24,7 +24,9 @@ from typing import Any, NamedTuple
 
 # Read by Ray when it is imported or started.
 for _key, _value in {
-    "RAY_AUTH_MODE": "token",  # Ray listens on the host's address: without it any process could join
+    # Ray listens on the host's address: without a token any process could join. A Ray that was imported
+    # before has made up its mind.
+    **({} if "ray" in sys.modules else {"RAY_AUTH_MODE": "token"}),
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",

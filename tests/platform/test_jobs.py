@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,7 +10,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from ray.job_submission import JobStatus
 
 from piste import cluster_preflight, jobs, probe
 from piste.clusters import Cluster
@@ -17,6 +17,20 @@ from piste.config import Resources
 from piste.errors import BadInput, PisteError
 from piste.home import home
 from piste.ledger import Job, Ledger, open_ledger, without_password
+
+
+class JobStatus(enum.Enum):
+    """What Ray says of a job. Its own class would import Ray, which reads its settings then."""
+
+    PENDING = "PENDING"
+    RUNNING = "RUNNING"
+    SUCCEEDED = "SUCCEEDED"
+    FAILED = "FAILED"
+    STOPPED = "STOPPED"
+
+    def is_terminal(self) -> bool:
+        return self not in {JobStatus.PENDING, JobStatus.RUNNING}
+
 
 HERE = {"python": "3.11.7", "ray": "2.60.0", "torch": "2.13.0"}
 
