@@ -40,7 +40,14 @@ def smallest(name: str, folder: Path) -> Path:
     return write(folder / "sent" / f"{name}.toml", to_toml(config))
 
 
-@pytest.mark.parametrize("name", list(catalog.members("workloads")))
+QUICK = "quadratic"
+WORKLOADS = [
+    pytest.param(name, marks=() if name == QUICK else pytest.mark.slow)
+    for name in catalog.members("workloads")
+]
+
+
+@pytest.mark.parametrize("name", WORKLOADS)
 def test_every_workload_runs_as_a_job(name: str, ray_head: Head, shown_home: Path, tmp_path: Path) -> None:
     recipe = smallest(name, tmp_path)
     code, out, err = piste_job(ray_head, shown_home, "submit", "run", recipe, "--id", f"the-{name}")
@@ -93,6 +100,7 @@ def test_the_users_folder_travels_with_the_job(ray_head: Head, shown_home: Path,
     assert err == "piste: job own is there already, with other code: use another --id\n"
 
 
+@pytest.mark.slow
 def test_a_stopped_job_keeps_a_checkpoint_and_goes_on_as_another(
     ray_head: Head, shown_home: Path, tmp_path: Path
 ) -> None:
