@@ -182,13 +182,14 @@ def _info(cluster: Cluster, job_id: str) -> Any:
 def reconcile(ledger: Ledger, job: Job, cluster: Cluster) -> Job:
     """Brings the ledger's record of a job up to what its cluster knows.
 
-    A job that the cluster has never heard of is lost: its head was replaced. What such a job was working
-    on is marked interrupted, and can be resumed.
+    A job that the cluster does not know is lost: its head was replaced, or has been told to forget it. What
+    such a job was working on is marked interrupted, and can be resumed.
     """
     if job.status in ENDED or job.status == "planned":
         return job
     known = _info(cluster, job.id)
-    status, error = "lost", f"the cluster at {cluster.address} has another head, which does not know it"
+    why = "does not know it any more" if job.session == cluster.session else "has another head"
+    status, error = "lost", f"the cluster at {cluster.address} {why}"
     if known is not None:
         status = FROM_RAY[known.status.value]
         error = str(known.message or "").strip().partition("\n")[0] if status == "failed" else ""
@@ -200,9 +201,9 @@ def reconcile(ledger: Ledger, job: Job, cluster: Cluster) -> Job:
     return job
 
 
-def refreshed(ledger: Ledger, jobs: Sequence[Job], known: dict[str, Cluster] | None = None) -> list[Job]:
+def refreshed(ledger: Ledger, jobs: Sequence[Job]) -> list[Job]:
     """The jobs as their clusters know them; those of a cluster that does not answer as the ledger does."""
-    clusters: dict[str, Cluster | None] = dict(known or {})
+    clusters: dict[str, Cluster | None] = {}
     found = []
     for job in jobs:
         if job.status not in {*ENDED, "planned"}:

@@ -265,12 +265,20 @@ def test_a_job_that_its_head_has_forgotten_is_lost_and_can_be_resumed(
     ray.jobs.clear()
     lost = jobs.reconcile(ledger, ledger.jobs.get("j"), there)
     assert (lost.status, lost.subject) == ("lost", "run-1")
-    assert "another head" in (lost.error or "")
+    assert (lost.error or "").endswith("does not know it any more")
     assert (ledger.run("run-1").status, ledger.run("run-1").error) == (
         "interrupted",
         "its job j has ended: lost",
     )
     assert jobs.resume_command(lost) == "piste submit resume run-1 --address http://head:8265"
+
+
+def test_a_new_head_is_named_as_the_reason(ray: Ray) -> None:
+    ledger = open_ledger()
+    job = submit(ledger, cluster(ray))
+    ray.jobs.clear()
+    lost = jobs.reconcile(ledger, job, cluster(ray, nodes=("a new head",)))
+    assert (lost.status, lost.error) == ("lost", "the cluster at http://head:8265 has another head")
 
 
 def test_what_the_driver_has_recorded_counts_more_than_what_a_cluster_says(ray: Ray) -> None:

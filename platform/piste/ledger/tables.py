@@ -122,7 +122,7 @@ class Job(Base):
         request: What was asked for: verb, arguments, entrypoint, environment, resources, packages.
         content: sha256 of the request and of the code that is sent: the same id with another is refused.
         address: The cluster's dashboard.
-        session: Which life of the cluster's head took the job; another knows nothing of it.
+        session: Which life of the cluster's head took the job.
         status: `planned`, `sent`, `running`, then `succeeded`, `failed`, `stopped` or `lost`.
         subject: The run, sweep or study that its driver has made.
     """
