@@ -26,7 +26,7 @@ from piste.home import home
 from piste.ledger import Job, Ledger, without_password
 from piste.ledger.jobs import ENDED
 
-GRACE_SECONDS = 40.0  # between SIGTERM and SIGKILL when a job is stopped: longer than a run's own grace
+END_SECONDS = 10.0  # beyond a run's own grace period, for its driver to end
 SEND_SECONDS = 60.0
 FROM_RAY = {
     "PENDING": "sent",
@@ -76,6 +76,7 @@ def submit(
             "command": list(command),
             "python": python,
             "driver_cpus": driver_cpus,
+            "grace_seconds": resources.grace_seconds,
             "settings": settings(ledger),
         }
         content = _content(request, shipment)
@@ -135,7 +136,7 @@ def _send(cluster: Cluster, job: Job, shipment: shipping.Shipment) -> None:
         **job.request["settings"],
         "PISTE_JOB": job.id,
         "RAY_AUTH_MODE": cluster.mode,
-        "RAY_JOB_STOP_WAIT_TIME_S": f"{GRACE_SECONDS:.0f}",
+        "RAY_JOB_STOP_WAIT_TIME_S": f"{job.request['grace_seconds'] + END_SECONDS:.0f}",
     }
     if shipment.folder is not None:
         environment["PISTE_FOLDER"] = shipment.folder
@@ -239,10 +240,11 @@ def stop(ledger: Ledger, job: Job, cluster: Cluster) -> Job:
     """Asks a job to end: its run keeps a checkpoint; what has not ended within the grace period is killed."""
     if _info(cluster, job.id) is not None:
         cluster.client.stop_job(job.id)
-    deadline = time.monotonic() + GRACE_SECONDS + 20.0
+    seconds = job.request["grace_seconds"] + 3 * END_SECONDS
+    deadline = time.monotonic() + seconds
     while (job := reconcile(ledger, job, cluster)).status not in ENDED:
         if time.monotonic() > deadline:
-            raise PisteError(f"{job.id} has not ended after {GRACE_SECONDS + 20.0:.0f} s")
+            raise PisteError(f"{job.id} has not ended after {seconds:.0f} s")
         time.sleep(0.2)
     return job
 
