@@ -371,7 +371,7 @@ class Schedule:
 
     def _settle_pack(self, work: Work, failure: str | None) -> None:
         """A pack is in the ledger as a whole; one that failed is not, and its trials run alone."""
-        if failure is not None and not self.ledger.sweeps.has_run(work.trials[0].run_id):
+        if failure is not None and not self.ledger.has(work.trials[0].run_id):
             self.ledger.sweeps.record(work.runs, [columns(self.sweep_id, trial) for trial in work.trials])
             pairs = zip(work.trials, work.configs, strict=True)
             self._queue.extend(Work((trial,), (config,)) for trial, config in pairs)

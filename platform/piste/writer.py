@@ -100,7 +100,7 @@ class Writer:
     def record(self, name: str, rows: Any) -> None:
         """Records a computed pack, once, and forgets what it was made of."""
         self._packs.pop(name, None)
-        if not self._ledger.sweeps.has_run(name):
+        if not self._ledger.has(name):
             self._ledger.sweeps.record(*rows)
 
 

@@ -6,7 +6,6 @@ import time
 from typing import Any
 
 from sqlalchemy import delete, select, update
-from sqlalchemy.orm import Session
 
 from piste.errors import BadInput
 from piste.ledger.database import Database
@@ -74,16 +73,13 @@ class Jobs:
         Raises:
             BadInput: No job, or several jobs, have it.
         """
-        with self._database.explained(), Session(self._database.engine) as session:
-            query = select(Job).where(Job.id.startswith(job_id, autoescape=True))
-            found = session.scalars(query.limit(2)).all()
-        exact = [job for job in found if job.id == job_id] or found
-        if len(exact) != 1:
+        found = self._database.beginning(Job, job_id)
+        if len(found) != 1:
             count = "no job has" if not found else "several jobs begin with"
             raise BadInput(f"{count} id {job_id!r}; `piste jobs` shows them")
-        return exact[0]
+        return found[0]
 
     def newest(self, limit: int | None = None) -> list[Job]:
         """The newest jobs first."""
-        with self._database.explained(), Session(self._database.engine) as session:
+        with self._database.session() as session:
             return list(session.scalars(select(Job).order_by(Job.created.desc()).limit(limit)))

@@ -138,6 +138,11 @@ class Runs(Database):
             raise BadInput(f"{count} id {run_id!r} in {self.name}; `piste ls runs` shows them")
         return found[0]
 
+    def has(self, run_id: str) -> bool:
+        """Whether there is a run of exactly that id."""
+        with self.reading() as connection:
+            return connection.execute(select(Run.id).where(Run.id == run_id)).first() is not None
+
     def runs(self, limit: int | None = None) -> list[Run]:
         """The newest runs first, without those of sweeps."""
         query = select(Run).where(Run.sweep_id.is_(None)).order_by(Run.created.desc())

@@ -148,11 +148,6 @@ class Sweeps:
         with self._database.reading() as connection:
             return [_record(row) for row in connection.execute(query.order_by(Trial.number))]
 
-    def has_run(self, run_id: str) -> bool:
-        """Whether there is a run of exactly that id."""
-        with self._database.reading() as connection:
-            return connection.execute(select(Run.id).where(Run.id == run_id)).first() is not None
-
     def count(self, sweep_id: str) -> int:
         """How many trials a sweep has."""
         query = select(func.count()).where(Trial.sweep_id == sweep_id)
