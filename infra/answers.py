@@ -18,11 +18,11 @@ POLL_SECONDS = 0.25
 ANSWER_SECONDS = 3.0
 
 
-def get(url: str) -> Any:
+def get(url: str, token: str | None = None) -> Any:
     """What an address answers, as JSON where it is; None where nothing does."""
     request = urllib.request.Request(url)
-    if (path := os.environ.get("RAY_AUTH_TOKEN_PATH")) is not None:
-        request.add_header("Authorization", f"Bearer {Path(path).read_text(encoding='utf-8').strip()}")
+    if token is not None:
+        request.add_header("Authorization", f"Bearer {token}")
     try:
         with urllib.request.urlopen(request, timeout=ANSWER_SECONDS) as answer:
             text = answer.read().decode()
@@ -34,9 +34,9 @@ def get(url: str) -> Any:
         return text
 
 
-def living_nodes(dashboard: str) -> dict[str, str]:
+def living_nodes(dashboard: str, token: str) -> dict[str, str]:
     """The ids of the Ray nodes that are alive, with their addresses; none while the dashboard is silent."""
-    answer = get(f"{dashboard}/api/v0/nodes?limit=1000")
+    answer = get(f"{dashboard}/api/v0/nodes?limit=1000", token)
     found = answer["data"]["result"]["result"] if isinstance(answer, dict) and answer.get("data") else []
     return {node["node_id"]: node["node_ip"] for node in found if node["state"] == "ALIVE"}
 
@@ -44,8 +44,9 @@ def living_nodes(dashboard: str) -> dict[str, str]:
 def main(dashboard: str, mlflow: str, nodes: str, seconds: str) -> int:
     """Asks until it is so or the time is over."""
     deadline = time.monotonic() + float(seconds)
+    token = Path(os.environ["RAY_AUTH_TOKEN_PATH"]).read_text(encoding="utf-8").strip()
     while True:
-        living, mlflow_answers = living_nodes(dashboard), get(f"{mlflow}/health") is not None
+        living, mlflow_answers = living_nodes(dashboard, token), get(f"{mlflow}/health") is not None
         complete = len(living) == int(nodes) and mlflow_answers
         if complete or time.monotonic() > deadline:
             print(json.dumps({"nodes": living, "mlflow": mlflow_answers}))

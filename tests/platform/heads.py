@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import secrets
 import signal
 import subprocess
 import sys
 import tempfile
+import urllib.error
 import urllib.request
 from pathlib import Path
 
 import psutil
+from infra.answers import living_nodes
 from tests.platform.driving import ROOT, alive, descendants, environment, free_port, wait_until
 
 
@@ -69,20 +70,13 @@ class Head:
         wait_until(lambda: not alive(self._started), "the end of all the head's processes", 20.0)
 
     def _ready(self) -> bool:
-        request = urllib.request.Request(f"{self.address}/api/v0/nodes?detail=true")
-        request.add_header("Authorization", f"Bearer {self.token.read_text()}")
-        try:
-            with urllib.request.urlopen(request, timeout=5) as answer:
-                nodes = json.loads(answer.read())["data"]["result"]["result"]
-        except (OSError, TypeError, ValueError):
-            return False
-        try:
+        try:  # the agent, through which jobs are sent
             urllib.request.urlopen(f"http://127.0.0.1:{self._ports[2]}/", timeout=5).close()
-        except urllib.error.HTTPError:  # the agent, through which jobs are sent
-            return any(node["state"] == "ALIVE" for node in nodes)
+        except urllib.error.HTTPError:
+            pass  # it answers
         except OSError:
             return False
-        return True
+        return bool(living_nodes(self.address, self.token.read_text()))
 
 
 def piste_job(
