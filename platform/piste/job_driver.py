@@ -8,9 +8,10 @@ from collections.abc import Sequence
 
 from piste.catalog import unpacked_folder
 from piste.cli import main
+from piste.errors import Terminated
 from piste.ledger import open_ledger
 
-ENDS = {0: "succeeded", 130: "stopped", 143: "stopped"}
+ENDS = {0: "succeeded", 130: "stopped", Terminated.exit_code: "stopped"}
 
 
 def drive(job_id: str, command: Sequence[str]) -> int:

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from piste import running, sweeping, tracking
 from piste.dry_run import dry_run
-from piste.errors import BadInput, PisteError
+from piste.errors import BadInput, PisteError, Terminated
 from piste.home import home
 from piste.ledger import Ledger, open_ledger
 from piste.sweep_reporting import (
@@ -62,7 +62,7 @@ def execute(options: argparse.Namespace, fields: dict[str, Any]) -> int:
         raise PisteError(f"{sweep_id} failed: {error}: `{resume}` continues it") from error
     if result.status == "interrupted":
         print(f"piste: stopped; `{resume}` continues it", file=sys.stderr)
-        return 143
+        return Terminated.exit_code
     if result.reason:
         print(f"piste: stopped by {result.reason}", file=sys.stderr)
     if result.pending != 0:
