@@ -21,10 +21,10 @@ test: $(STAMP)
 	$(BIN)/pytest -q
 
 test-slow: $(STAMP)
-	$(BIN)/pytest -q -m slow
+	$(BIN)/pytest -q -m slow --timeout 1800
 
 test-faults: $(STAMP)
-	$(BIN)/pytest -q -m fault
+	$(BIN)/pytest -q -m fault --timeout 600
 
 lint: $(STAMP)
 	@test ! -e platform/__init__.py || { echo "platform/__init__.py shadows the standard library: remove it"; exit 1; }

@@ -14,6 +14,7 @@ import logging
 import os
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 import threading
@@ -116,16 +117,17 @@ def cluster(resources: Resources, dashboard: bool = False) -> Iterator[None]:
             )
         else:
             temporary = tempfile.mkdtemp(prefix="piste-")  # short: a socket path has at most 107 bytes
-            ray.init(
-                address="local",
-                num_cpus=cpus(),
-                include_dashboard=dashboard,
-                namespace=NAMESPACE,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-                object_store_memory=200 * 2**20,
-                _temp_dir=temporary,
-            )
+            with _known_to_its_processes():
+                ray.init(
+                    address="local",
+                    num_cpus=cpus(),
+                    include_dashboard=dashboard,
+                    namespace=NAMESPACE,
+                    log_to_driver=False,
+                    logging_level=logging.ERROR,
+                    object_store_memory=200 * 2**20,
+                    _temp_dir=temporary,
+                )
     except SystemExit:  # Ray's own answer to SIGTERM
         raise Terminated from None
     except (ConnectionError, RuntimeError, ValueError) as error:
@@ -141,6 +143,26 @@ def cluster(resources: Resources, dashboard: bool = False) -> Iterator[None]:
         ray.shutdown()
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def _known_to_its_processes() -> Iterator[None]:
+    """A context in which the processes of a local Ray that starts are told its address.
+
+    Ray Train's cleaner asks for it by the name `auto`, which is nobody's where two Rays are on a host: it
+    would keep the processors of a pruned run for ever.
+    """
+    with socket.socket() as free:
+        free.bind(("", 0))
+        port = free.getsockname()[1]
+    host = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
+    told = {"RAY_GCS_SERVER_PORT": str(port), "RAY_ADDRESS": f"{host}:{port}"}
+    os.environ |= told
+    try:
+        yield
+    finally:
+        for key in told:
+            del os.environ[key]
 
 
 def preflight(config: Recipe, ledger_url: str) -> None:

@@ -14,6 +14,7 @@ from tests.platform.driving import (
     steps_taken,
     wait_until,
 )
+from tests.platform.heads import Head
 
 import piste
 from piste import running
@@ -78,9 +79,12 @@ def test_a_killed_trial_actor_is_replaced_and_the_trials_are_those_of_a_plain_lo
 
 
 def test_a_trial_of_two_workers_is_pruned_and_gives_its_processors_back(
-    no_view: None, local_ray: None, tmp_path: Path
+    no_view: None, local_ray: None, ray_head: Head, tmp_path: Path
 ) -> None:
-    """The second trial diverges, and waits at step 13 until it is pruned; the third needs its processors."""
+    """The second trial diverges, and waits at step 13 until it is pruned; the third needs its processors.
+
+    Another Ray on this host is none of its business.
+    """
     import ray
 
     free, held, last = (tmp_path / name for name in ("free", "held", "last"))
