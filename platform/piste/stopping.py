@@ -14,6 +14,7 @@ from piste.errors import Terminated
 # Why a run has ended early, with a checkpoint.
 ASKED = "asked to stop"
 PREEMPTED = "its host is being taken away"
+LOST = "its controller does not answer"
 
 
 @contextmanager

@@ -112,6 +112,7 @@ class Relay:
         self._attempt = -1
         self._shown_end: str | None = None
         self.mlflow_run_id: str | None = None
+        self._is_found = False
 
     def step(self) -> bool:
         """Pushes all that is new; returns whether the run has ended and is shown whole.
@@ -119,8 +120,15 @@ class Relay:
         Raises:
             Exception: Whatever MLflow's client raises; the same call may be repeated.
         """
+        try:
+            return self._step()
+        except Exception:
+            self._is_found = False  # any more: another relay may have removed it as a double
+            raise
+
+    def _step(self) -> bool:
         run = self._ledger.run(self._run_id)  # before its rows: what a terminal run lacks is really absent
-        if self.mlflow_run_id is None:
+        if not self._is_found:
             self._find_or_create(run)
         assert self.mlflow_run_id is not None
         if self._is_whole(run):
@@ -164,26 +172,42 @@ class Relay:
         """Takes up the MLflow run that an earlier relay has made, or makes it."""
         name = run.config["tracking"]["experiment"]
         experiment = find_or_create_experiment(self._client, self._uri, name)
-        found = self._client.search_runs([experiment], f"tags.`piste.run_id` = '{run.id}'", max_results=1)
-        if found and MARK in found[0].data.tags:
-            self._take_up(found[0])
-            return
-        if found:  # a relay was cut off before it had described the run
-            self.mlflow_run_id = found[0].info.run_id
-        else:
+        found = self._only(experiment)
+        if found is None:
             start = int(run.created * 1000)
-            created = self._client.create_run(
+            self._client.create_run(
                 experiment, start, tags(run, self._ledger.provenance(run)), run_name=run.id
             )
-            self.mlflow_run_id = created.info.run_id
-        provenance = self._ledger.provenance(run)
-        describe(self._client, self.mlflow_run_id, run.config, run.directory, provenance)
-        self._client.set_tag(self.mlflow_run_id, MARK, "0")
+            found = self._only(experiment)
+            assert found is not None
+        self._take_up(found, run)
+        if MARK not in found.data.tags:  # it is new, or a relay was cut off before it had described it
+            provenance = self._ledger.provenance(run)
+            describe(self._client, found.info.run_id, run.config, run.directory, provenance)
+            self._client.set_tag(found.info.run_id, MARK, "0")
+        self._is_found = True
 
-    def _take_up(self, found: MlflowRun) -> None:
+    def _only(self, experiment: str) -> MlflowRun | None:
+        """The MLflow run that shows this one; of several, the one that shows most stays.
+
+        A request that was given up may be carried out later and its repetition too, and two relays may have
+        found none at the same time.
+        """
+        all_of_it = self._client.search_runs([experiment], f"tags.`piste.run_id` = '{self._run_id}'")
+        found = sorted(all_of_it, key=lambda each: (-int(each.data.tags.get(MARK, -1)), each.info.run_id))
+        for double in found[1:]:
+            self._client.delete_run(double.info.run_id)
+        return found[0] if found else None
+
+    def _take_up(self, found: MlflowRun, run: RunRow) -> None:
         """Goes on where an earlier relay has ended; what it has shown whole is not shown again."""
+        if self.mlflow_run_id != found.info.run_id:  # what was shown in another does not count
+            self._uploaded.clear()
+            self._attempt = -1
         self.mlflow_run_id = found.info.run_id
-        self._shown_end = found.data.tags.get(WHOLE)
+        # A relay that has fallen behind may have set the status back.
+        is_shown = found.info.status == TERMINAL.get(run.status)
+        self._shown_end = found.data.tags.get(WHOLE) if is_shown else None
         self.mark = int(found.data.tags.get(MARK, 0))
 
     def _finish(self, run: RunRow) -> None:

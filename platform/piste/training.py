@@ -19,6 +19,7 @@ import sys
 import tempfile
 import threading
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,7 +40,7 @@ for _key, _value in {
 import ray
 import ray.train
 import torch
-from ray.exceptions import RayActorError
+from ray.exceptions import ActorUnavailableError, RayActorError
 from ray.train import (
     FailureConfig,
     PreemptionError,
@@ -56,7 +57,7 @@ from piste.config import Recipe, Resources, validate
 from piste.errors import BadInput, PisteError, Terminated, cause
 from piste.ledger import Ledger
 from piste.preflight import check_hosts, check_resources, cpus
-from piste.stopping import PREEMPTED
+from piste.stopping import LOST, PREEMPTED
 from piste.workload import Run
 from piste.writer import ask, listener, start_writer, transport
 
@@ -191,7 +192,7 @@ class Outcome(NamedTuple):
 
     Attributes:
         failure: Why it failed, or None.
-        stopped: Why it ended early and may go on, or None.
+        stopped: Why it ended early and may go on (`ASKED`, `PREEMPTED`, `LOST`), or None.
     """
 
     failure: str | None = None
@@ -199,7 +200,7 @@ class Outcome(NamedTuple):
 
 
 def train(ledger: Ledger, run_id: str, config: Recipe, stop: threading.Event) -> bool:
-    """Runs the next attempt of a run on Ray Train, and another one after each preemption.
+    """Runs the next attempt of a run on Ray Train, and another one where it was preempted or lost.
 
     Args:
         ledger: The ledger that has it.
@@ -212,7 +213,7 @@ def train(ledger: Ledger, run_id: str, config: Recipe, stop: threading.Event) ->
 
     Raises:
         BadInput: The resources cannot be had.
-        PisteError: The workload failed, or its workers died or were preempted too often.
+        PisteError: The workload failed, or its workers died, were preempted or lost too often.
     """
     resources = config.resources
     check_resources(resources)
@@ -224,13 +225,14 @@ def train(ledger: Ledger, run_id: str, config: Recipe, stop: threading.Event) ->
             row = ledger.run(run_id)
             return row.error if row.status == "failed" else None
 
-        outcome, preemptions = Outcome(stopped=PREEMPTED), 0
-        while outcome.stopped == PREEMPTED and not stop.is_set():
+        outcome, ended = Outcome(stopped=PREEMPTED), Counter[str]()
+        limits = {PREEMPTED: resources.max_preemptions, LOST: resources.max_failures}
+        while outcome.stopped in limits and not stop.is_set():
             outcome = fit(ask(writer.job.remote(run_id)), config, writer, failed, stop)
-            preemptions += outcome.stopped == PREEMPTED
-            if 0 <= resources.max_preemptions < preemptions:
-                outcome = Outcome(_too_often(preemptions, resources))
-        failure = outcome.failure or ask(writer.failure.remote(run_id))
+            ended[outcome.stopped or ""] += 1
+            if outcome.stopped in limits and 0 <= limits[outcome.stopped] < ended[outcome.stopped]:
+                outcome = Outcome(outcome.failure or _too_often(ended[PREEMPTED], resources))
+        failure = None if outcome.stopped else outcome.failure or ask(writer.failure.remote(run_id))
         if failure is None:
             ray.kill(writer)  # else Ray Train may still ask it whether to go on
     if failure is not None:
@@ -294,8 +296,10 @@ def fit(
             preempted = _was_preempted(error)
             outcome.append(Outcome(stopped=PREEMPTED) if preempted else Outcome(_reason(error)))
         except Exception as error:
-            line = str(error).strip().partition("\n")[0]
-            outcome.append(Outcome(f"Ray: {type(error).__name__}: {line}"))
+            line = f"Ray: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+            # The controller's answer was lost: its workers, if it has any, will hear that nobody waits.
+            lost = isinstance(error, ActorUnavailableError)
+            outcome.append(Outcome(line, LOST if lost else None))
 
     # In a thread, so that this one can be interrupted.
     thread = threading.Thread(target=run, name="piste-fit", daemon=True)
@@ -336,6 +340,7 @@ def _work(job: Mapping[str, Any]) -> str | None:
     module = catalog.load_workload(job["config"]["workload"])
     config = validate(module.Config, job["config"], run_id)
     attempt = int(ask(writer.begin_attempt.remote(run_id))) if rank == 0 else 0
+    nodes = _nodes(context.get_world_size())
     run = RayRun(
         run_id,
         config,
@@ -345,7 +350,7 @@ def _work(job: Mapping[str, Any]) -> str | None:
         rank=rank,
         world_size=context.get_world_size(),
         created=job["created"],
-        told=listener(writer, _nodes(context.get_world_size())),
+        told=listener(writer, run_id, attempt, nodes),
     )
     if config.resources.gpus_per_worker > 0:
         run.device = ray.train.torch.get_device()

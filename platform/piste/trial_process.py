@@ -12,9 +12,9 @@ from ray import tune
 
 from piste import catalog
 from piste.config import Recipe, validate
-from piste.errors import cause
+from piste.errors import PisteError, cause
 from piste.space import Sweep
-from piste.stopping import PREEMPTED
+from piste.stopping import LOST, PREEMPTED
 from piste.trials import Work, compute_pack
 from piste.workload import Run
 from piste.writer import ask, listener, transport
@@ -49,7 +49,7 @@ def compute(trial: Mapping[str, Any], writer: Any, section: Sweep) -> None:
         config: Recipe = validate(module.Config, job["config"], name)
         attempt = ask(writer.begin_attempt.remote(name))
         send, folder = transport(writer), Path(job["directory"])
-        told = listener(writer, [ray.get_runtime_context().get_node_id()])
+        told = listener(writer, name, attempt, [ray.get_runtime_context().get_node_id()])
         run = _TuneRun(name, config, folder, send, attempt, created=job["created"], told=told)
         run.objective = section.metric
         try:
@@ -67,7 +67,10 @@ def ended(name: str, stopped: str | None, writer: Any) -> None:
 
     Raises:
         Preempted: It was stopped because this process is to end.
+        PisteError: Whoever computed it is lost; the run may go on.
     """
+    if stopped == LOST:
+        raise PisteError(LOST)
     ask(writer.finish.remote(name) if stopped is None else writer.interrupt.remote(name, stopped))
     if stopped == PREEMPTED:
         raise Preempted

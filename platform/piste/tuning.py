@@ -266,7 +266,8 @@ def _distributed(trial: Mapping[str, Any], writer: Any, section: Sweep) -> None:
         return answer
 
     outcome = training.fit(job, config, writer, failed, callbacks=[_Report(section.metric)])
-    if (failure := outcome.failure or failed()) is not None:
+    failure = None if outcome.stopped else outcome.failure or failed()
+    if failure is not None:
         ask(writer.fail.remote(name, failure))
     else:
         trial_process.ended(name, outcome.stopped, writer)

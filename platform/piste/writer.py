@@ -17,7 +17,7 @@ from piste.buffer import Send
 from piste.errors import PisteError
 from piste.home import home
 from piste.ledger import Ledger, Message
-from piste.stopping import ASKED, PREEMPTED
+from piste.stopping import ASKED, LOST, PREEMPTED
 
 WRITER_SECONDS = 75.0  # longer than the ledger waits for its database
 DRAIN_SECONDS = 1.0
@@ -34,6 +34,7 @@ class Writer:
         self._ledger = Ledger(url, patient=True)
         self._failures: dict[str, str] = {}
         self._packs: dict[str, Any] = {}
+        self._over: dict[str, int] = {}  # of each run, the last attempt that nobody waits for any more
         self._stopping = False
         self._draining: set[str] = set()
         self._looked = float("-inf")
@@ -43,9 +44,10 @@ class Writer:
         return self._ledger.apply(message)
 
     def job(self, run_id: str) -> dict[str, Any]:
-        """What a worker is told of a run that it is to compute; earlier failures are forgotten."""
+        """What a worker is told of a run that it is to compute; earlier failures and attempts are over."""
         self._failures.pop(run_id, None)
         row = self._ledger.run(run_id)
+        self._over[run_id] = row.attempt
         return {
             "run_id": row.id,
             "attempt": row.attempt,
@@ -80,10 +82,12 @@ class Writer:
         """Asks all of the driver's runs to end early."""
         self._stopping = True
 
-    def told(self, nodes: Collection[str]) -> str | None:
-        """Why a run whose workers are on these nodes is to end early; None where it may go on."""
+    def told(self, run_id: str, attempt: int, nodes: Collection[str]) -> str | None:
+        """Why an attempt of a run, with its workers on these nodes, is to end early; None: it may go on."""
         if self._stopping:
             return ASKED
+        if attempt <= self._over.get(run_id, 0):
+            return LOST
         if time.monotonic() > self._looked + DRAIN_SECONDS:
             self._draining = set(ray._private.state.state.get_draining_nodes())
             self._looked = time.monotonic()
@@ -128,11 +132,11 @@ def transport(writer: Any) -> Send:
     return send
 
 
-def listener(writer: Any, nodes: Collection[str]) -> Callable[[], str | None]:
-    """Asks the writer why a run on these nodes is to end early."""
+def listener(writer: Any, run_id: str, attempt: int, nodes: Collection[str]) -> Callable[[], str | None]:
+    """Asks the writer why an attempt of a run, with its workers on these nodes, is to end early."""
 
     def told() -> str | None:
-        why: str | None = ask(writer.told.remote(nodes))
+        why: str | None = ask(writer.told.remote(run_id, attempt, nodes))
         return why
 
     return told

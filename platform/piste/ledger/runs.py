@@ -58,10 +58,12 @@ class Runs(Database):
         How an earlier attempt ended says nothing of the next one.
 
         Raises:
+            BadInput: It has finished in the meantime.
             LedgerError: Another driver on this host is alive and running it.
         """
         with self.writing() as connection:
-            claim(connection, Run, run_id, driver)
+            if claim(connection, Run, run_id, driver) == "finished":
+                raise BadInput(f"{run_id} has finished: `piste rerun {run_id}` repeats it")
             # An attempt whose driver is gone has stopped at a time that nobody knows.
             connection.execute(update(Run).where(Run.id == run_id).values(started=None))
 
@@ -204,8 +206,8 @@ class Runs(Database):
             return list(session.scalars(query))
 
 
-def claim(connection: Connection, table: type[Run] | type[Sweep], row_id: str, driver: str) -> None:
-    """Makes a driver (`host:pid`) the owner of a run or sweep, which is planned again.
+def claim(connection: Connection, table: type[Run] | type[Sweep], row_id: str, driver: str) -> str:
+    """Makes a driver (`host:pid`) the owner of a run or sweep, which is planned again; returns what it was.
 
     Raises:
         LedgerError: Another driver on this host is alive and running it.
@@ -221,6 +223,7 @@ def claim(connection: Connection, table: type[Run] | type[Sweep], row_id: str, d
     if (job := os.environ.get("PISTE_JOB")) is not None:  # a study claims several: it is the subject itself
         fresh = update(Job).where(Job.id == job, Job.subject.is_(None))
         connection.execute(fresh.values(subject=row_id))
+    return str(status)
 
 
 def _clock(now: float) -> dict[str, Any]:
