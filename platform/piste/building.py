@@ -56,9 +56,14 @@ def _build(section: Optimizer, groups: Groups, group_options: Set[str]) -> torch
 def check_optimizer(section: Optimizer) -> None:
     """Builds the optimizer for a small model, so that a bad recipe fails before anything starts."""
     model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
-    _build(
-        section, parameter_groups(section.model_copy(update={"groups": ()}), model), _group_options(section)
-    )
+    # torch would hide this function from its compiler, and import that for it: a second of every command.
+    hidden: Any = inspect.unwrap(torch.optim.Optimizer.add_param_group)
+    hidden.__dynamo_disable = hidden
+    try:
+        groups = parameter_groups(section.model_copy(update={"groups": ()}), model)
+        _build(section, groups, _group_options(section))
+    finally:
+        del hidden.__dynamo_disable
 
 
 def _group_options(section: Optimizer) -> set[str]:

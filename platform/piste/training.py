@@ -23,7 +23,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 # Read by Ray when it is imported or started.
 for _key, _value in {
@@ -62,6 +62,7 @@ from piste.workload import Run
 from piste.writer import ask, listener, start_writer, transport
 
 NAMESPACE = "piste"
+CONTROLLER_SECONDS = 2.0  # for Ray Train to notice that its controller has ended
 
 
 class RayRun(Run):
@@ -263,7 +264,7 @@ def fit(
         writer: The writer's handle.
         failed: Why the run has failed on its own account, asked twice a second: such a failure would come
             again on every replacement, so it ends the run at once.
-        stop: Set when the run is to end early, with a checkpoint.
+        stop: Set when the run is to end early, with a checkpoint; none in a trial of Ray Tune.
         callbacks: Ray Train's, for a run that is a trial of Ray Tune.
     """
     resources, directory = config.resources, Path(job["directory"])
@@ -304,13 +305,28 @@ def fit(
     # In a thread, so that this one can be interrupted.
     thread = threading.Thread(target=run, name="piste-fit", daemon=True)
     thread.start()
-    while thread.is_alive():
-        thread.join(0.5)
-        if stop is not None and stop.is_set():
-            writer.stop.remote()  # again and again: it may have been restarted
-        if (failure := failed()) is not None:
-            return Outcome(failure)
+    try:
+        while thread.is_alive():
+            thread.join(0.5)
+            if stop is not None and stop.is_set():
+                writer.stop.remote()  # again and again: it may have been restarted
+            if (failure := failed()) is not None:
+                return Outcome(failure)
+    finally:
+        if stop is not None and thread.is_alive():
+            # This driver is about to leave Ray, which ends the process at once where a thread waits for it.
+            with contextlib.suppress(Exception):
+                _end_controller()
+            thread.join(CONTROLLER_SECONDS)
     return outcome[0]
+
+
+def _end_controller() -> None:
+    """Ends the controller of this driver's run, of which Ray Train gives no handle."""
+    job, driver = ray.get_runtime_context().get_job_id(), cast(Any, ray._private.worker.global_worker)
+    for name, actor in ray._private.state.actors().items():
+        if actor["ActorClassName"] == "TrainController" and actor["JobID"] == job:
+            driver.core_worker.kill_actor(ray.ActorID(bytes.fromhex(name)), True)
 
 
 def _was_preempted(error: TrainingFailedError) -> bool:

@@ -120,3 +120,8 @@ def assert_same_trials(home: Path, sweep_id: str, folder: Path) -> None:
 def writers_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
     """The processes of a driver's ledger writer on its local Ray: one, or none while it is restarted."""
     return [p for p in descendants(process.pid) if any("ray::Writer" in line for line in alive([p]))]
+
+
+def workers_of(folder: Path) -> list[psutil.Process]:
+    """The processes of the two workers that have taken steps."""
+    return [psutil.Process(steps_taken(folder, rank)[-1][1]) for rank in (0, 1)]

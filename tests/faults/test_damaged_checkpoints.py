@@ -6,8 +6,18 @@ import signal
 from pathlib import Path
 
 import pytest
-from tests.faults.disturbed import EVERY, HELD, STEPS, assert_whole, resumed, start_run, wait_for_step
+from tests.faults.disturbed import (
+    EVERY,
+    HELD,
+    STEPS,
+    assert_whole,
+    resumed,
+    start_run,
+    wait_for_step,
+    workers_of,
+)
 from tests.platform.driving import (
+    alive,
     assert_same_weights,
     done_again,
     end,
@@ -15,6 +25,7 @@ from tests.platform.driving import (
     paced_recipe,
     start_piste,
     steps_taken,
+    wait_until,
 )
 
 import piste
@@ -68,8 +79,10 @@ def test_workers_on_ray_fall_back_and_the_command_says_so(
 ) -> None:
     folder = tmp_path / "records"
     process = start_run(shown_home, folder)
+    workers = workers_of(folder)
     process.send_signal(signal.SIGKILL)
     end(process)
+    wait_until(lambda: not alive(workers), "the end of the workers, which would go on", 60.0)
     [row] = ledger_of(shown_home).runs()
     truncate(row.directory)
     (folder / "go").touch()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -150,3 +152,13 @@ def test_an_option_that_no_group_can_have_is_found_without_the_model() -> None:
     section = Optimizer.model_validate({"name": "adamw", "groups": groups})
     with pytest.raises(BadInput, match="'weight_decya' in a group; did you mean 'weight_decay'"):
         check_optimizer(section)
+
+
+def test_a_recipe_is_checked_without_torch_s_compiler() -> None:
+    """Which torch imports for the first optimizer of a process, and which takes a second of every command."""
+    program = (
+        "import sys; from piste.building import check_optimizer; from piste.config import Optimizer;"
+        "check_optimizer(Optimizer.model_validate({'name': 'adamw'}));"
+        "assert 'torch._dynamo' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
