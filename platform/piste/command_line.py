@@ -131,10 +131,10 @@ def fields_of(command: str, rest: Sequence[str]) -> dict[str, Any]:
         if not word.startswith("--"):
             raise BadInput(f"unexpected argument {word!r}")
         name, equals, value = word[2:].partition("=")
+        if command not in {"run", "sweep", "call"}:
+            raise BadInput(f"{command} takes no --{name}")
         text = value if equals else next(words, None)
         if text is None:
             raise BadInput(f"--{name} needs a value")
         fields[name] = parse_value(text)
-    if fields and command not in {"run", "sweep", "call"}:
-        raise BadInput(f"{command} takes no --{next(iter(fields))}")
     return fields

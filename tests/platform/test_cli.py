@@ -101,6 +101,7 @@ BAD_INPUT = {
     ),
     "odd tracking": ("run {q} --local --tracking.uri ftp://x", ["'ftp://x'", "sqlite:///FILE"]),
     "no option": ("ls runs --colour red", ["ls takes no --colour"]),
+    "no flag": ("ls runs --json", ["ls takes no --json"]),
     "stray word": ("ls runs red", ["unexpected argument 'red'"]),
 }
 
