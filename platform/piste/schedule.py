@@ -354,10 +354,10 @@ class Schedule:
             return "nan", f"{self.section.metric} ended at {value}"
         if status == "interrupted":
             return "preempted", f"preempted more often than resources.max_preemptions allows: {error}"
+        if death is not None and status != "finished":
+            return "died", death  # whatever the attempt before has failed of
         if status == "failed":
             return "died" if "OutOfMemory" in (error or "") else "error", error
-        if death is not None and status != "finished":
-            return "died", death
         return None, None
 
     def _try_again(self, work: Work, cause: str) -> None:

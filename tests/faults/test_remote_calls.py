@@ -1,4 +1,4 @@
-"""Ray's own calls fail, as often as its injection variable says: what comes of a run is the same.
+"""Ray's own calls fail, as often as its injection variable says: what comes of a run and a sweep is the same.
 
 The calls that carry piste's messages are named and their failures bounded: with all calls failing without
 bound Ray itself does not start.
@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 
 import pytest
-from tests.faults.disturbed import assert_whole
+from tests.faults.disturbed import assert_same_trials, assert_whole, start_sweep
 from tests.platform.driving import end, ledger_of, paced_recipe, start_piste
 
 pytest_plugins = ["tests.platform.fixtures"]
@@ -35,3 +35,16 @@ def test_a_run_is_the_same(two: tuple[Path, str], shown_home: Path, tmp_path: Pa
     assert '"status": "finished"' in out
     [row] = ledger_of(shown_home).runs()
     assert_whole(shown_home, row.id, two, folder, again=10 * row.attempt)
+
+
+@pytest.mark.usefixtures("failing_calls")
+def test_a_sweep_has_the_same_trials(shown_home: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "records"
+    folder.mkdir()
+    (folder / "go").touch()
+    # Tune takes a lost call for a process that has died, and all of them may be one trial's.
+    code, out, err = end(start_sweep(shown_home, folder, "--sweep.retries.died", "3"))
+    assert code == 0, err
+    assert '"status": "finished"' in out
+    [row] = ledger_of(shown_home).sweeps.newest()
+    assert_same_trials(shown_home, row.id, folder)

@@ -256,7 +256,8 @@ def fail(ledger: Ledger, work: Work, how: str) -> str | None:
     elif how == "pruned":
         log(ledger, trial.run_id, 3.0, step=7)
     else:
-        ledger.begin_attempt(trial.run_id)
+        if how == "died":  # and not before it had begun
+            ledger.begin_attempt(trial.run_id)
         return "its process died"
     return None
 
@@ -265,6 +266,7 @@ def fail(ledger: Ledger, work: Work, how: str) -> str | None:
     ("how", "retries", "tries", "outcome", "error"),
     [
         ("died", {"died": 2}, 3, "failed", "its process died"),
+        ("died early", {"died": 2}, 3, "failed", "its process died"),
         ("died", {"died": 0}, 1, "failed", "its process died"),
         ("memory", {"died": 1}, 2, "failed", "OutOfMemoryError: too much"),
         ("error", {}, 1, "failed", "ValueError"),
