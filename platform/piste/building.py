@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Set
+from collections.abc import Mapping, Set
 from typing import Any
 
 import torch
@@ -16,35 +16,44 @@ from piste.errors import BadInput, nearest
 Groups = list[dict[str, Any]]
 
 
-def build_optimizer(section: Optimizer, model: torch.nn.Module) -> torch.optim.Optimizer:
+def build_optimizer(
+    section: Optimizer, model: torch.nn.Module, total_steps: int | None = None
+) -> torch.optim.Optimizer:
     """Builds the optimizer that a recipe names, for a model's trainable parameters.
 
     The groups are those of `[[optimizer.groups]]`; without them what the class itself proposes
-    (`default_param_groups(model)`), or the no-decay rule of `decay_groups` for a class that does not.
+    (`default_param_groups(model)`), or the no-decay rule of `decay_groups` for a class that does not. A
+    class that takes `model` or `total_steps` is given them.
 
     Args:
         section: The recipe's `[optimizer]`.
         model: The model, before it is wrapped for distributed training.
+        total_steps: How many steps the optimizer will take, where that is known.
 
     Raises:
         BadInput: A keyword that the optimizer does not take, a value that it refuses, a group's pattern
             that matches nothing.
     """
-    return _build(section, parameter_groups(section, model), _group_options(section))
+    given = {"model": model, "total_steps": total_steps}
+    return _build(section, parameter_groups(section, model), _group_options(section), given)
 
 
-def _build(section: Optimizer, groups: Groups, group_options: Set[str]) -> torch.optim.Optimizer:
+def _build(
+    section: Optimizer, groups: Groups, group_options: Set[str], given: Mapping[str, Any]
+) -> torch.optim.Optimizer:
     cls = catalog.load_optimizer(section.name)
-    accepted = list(inspect.signature(cls).parameters)[1:]
+    taken = list(inspect.signature(cls).parameters)[1:]
+    accepted = [key for key in taken if key != "model"]
     for key in section.options:
         if key not in accepted:
             raise BadInput(f"optimizer.{key}: {section.name} takes no {key!r}{nearest(key, accepted)}")
     if (section.base is not None) != ("base" in inspect.signature(cls).parameters):
         verb = "wraps no optimizer: remove" if section.base else "wraps an optimizer: add"
         raise BadInput(f"optimizer: {section.name} {verb} [optimizer.base]")
-    first: Any = groups if section.base is None else _build(section.base, groups, group_options)
+    first: Any = groups if section.base is None else _build(section.base, groups, group_options, given)
+    known = {key: value for key, value in given.items() if key in taken and value is not None}
     try:
-        built: torch.optim.Optimizer = cls(first, **section.options)
+        built: torch.optim.Optimizer = cls(first, **known | section.options)
     except (TypeError, ValueError) as error:
         raise BadInput(f"optimizer {section.name}: {error}") from error
     for key in sorted(group_options - built.defaults.keys()) if section.base is None else ():
@@ -61,7 +70,7 @@ def check_optimizer(section: Optimizer) -> None:
     hidden.__dynamo_disable = hidden
     try:
         groups = parameter_groups(section.model_copy(update={"groups": ()}), model)
-        _build(section, groups, _group_options(section))
+        _build(section, groups, _group_options(section), {"model": model, "total_steps": 1})
     finally:
         del hidden.__dynamo_disable
 
@@ -86,20 +95,27 @@ def parameter_groups(section: Optimizer, model: torch.nn.Module) -> Groups:
 
 def decay_groups(model: torch.nn.Module) -> Groups:
     """Two groups: matrices as the optimizer is set, gains and biases without weight decay."""
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    vectors = [p for p in trainable if p.ndim < 2]
-    groups: Groups = [{"params": [p for p in trainable if p.ndim >= 2]}]
-    return [g for g in [*groups, {"params": vectors, "weight_decay": 0.0}] if g["params"]]
+    groups: Groups = [{"params": [], "param_names": []} for _ in range(2)]
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            _add(groups[0 if parameter.ndim >= 2 else 1], name, parameter)
+    groups[1]["weight_decay"] = 0.0
+    return [group for group in groups if group["params"]]
+
+
+def _add(group: dict[str, Any], name: str, parameter: torch.nn.Parameter) -> None:
+    group["params"].append(parameter)
+    group["param_names"].append(name)
 
 
 def _matched_groups(section: Optimizer, model: torch.nn.Module) -> Groups:
-    groups: Groups = [{"params": [], **group.options} for group in section.groups]
+    groups: Groups = [{"params": [], "param_names": [], **group.options} for group in section.groups]
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         for rule, group in zip(section.groups, groups, strict=True):
             if re.search(rule.match, name):
-                group["params"].append(parameter)
+                _add(group, name, parameter)
                 break
         else:
             raise BadInput(f"optimizer.groups: no pattern matches parameter {name!r}; end with match = '.*'")
@@ -112,6 +128,7 @@ def _matched_groups(section: Optimizer, model: torch.nn.Module) -> Groups:
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """The bytes that the optimizer's state tensors hold (step counters included)."""
+    """The bytes that the state tensors of the optimizer, and of one it wraps, hold (step counters included)."""
     tensors = [v for state in optimizer.state.values() for v in state.values() if torch.is_tensor(v)]
-    return sum(t.numel() * t.element_size() for t in tensors)
+    base: torch.optim.Optimizer | None = getattr(optimizer, "base", None)
+    return sum(t.numel() * t.element_size() for t in tensors) + (state_bytes(base) if base else 0)
