@@ -128,7 +128,7 @@ def _matched_groups(section: Optimizer, model: torch.nn.Module) -> Groups:
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """The bytes that the state tensors of the optimizer, and of one it wraps, hold (step counters included)."""
+    """The bytes of the state tensors of an optimizer and of those that it wraps (step counters included)."""
     tensors = [v for state in optimizer.state.values() for v in state.values() if torch.is_tensor(v)]
     base: torch.optim.Optimizer | None = getattr(optimizer, "base", None)
     return sum(t.numel() * t.element_size() for t in tensors) + (state_bytes(base) if base else 0)

@@ -209,28 +209,23 @@ def _report(
     console.print(reporting.table(rows))
     name = run_ids[0] if len(run_ids) == 1 else f"{run_ids[0]}-and-{len(run_ids) - 1}-more"
     picture = reporting.loss_curves(ledger, run_ids, home() / "pictures" / f"{name}.png")
-    shown = [r.mlflow_run_id for r in results if r.mlflow_run_id]
     console.print(f"loss curves   {os.path.relpath(picture)}", soft_wrap=True, highlight=False)
-    console.print(
-        f"open MLflow   piste ui   # {_address(ledger, run_ids, shown)}", soft_wrap=True, highlight=False
-    )
+    console.print(f"open MLflow   piste ui   # {_address(ledger, results)}", soft_wrap=True, highlight=False)
 
 
-def _address(ledger: Any, run_ids: Sequence[str], shown: Sequence[str]) -> str:
+def _address(ledger: Any, results: Sequence[RunResult]) -> str:
     """The MLflow page of one run, or the comparison page of several."""
     from piste import reporting, tracking
 
-    uri = tracking.tracking_uri(ledger.run(run_ids[0]).config["tracking"]["uri"])
+    uri = tracking.tracking_uri(ledger.run(results[0].id).config["tracking"]["uri"])
     base = uri.rstrip("/") if uri.startswith("http") else "http://127.0.0.1:5000"
+    shown = {r.mlflow_run_id: r.mlflow_experiment_id for r in results if r.mlflow_run_id}
     if not shown:
         return base
-    found = tracking.find_run(uri, run_ids[0])
-    if found is None:
-        return base
-    experiment, first = found
+    first, experiment = next(iter(shown.items()))
     if len(shown) == 1:
         return f"{base}/#/experiments/{experiment}/runs/{first}?workflowType=machine_learning"
-    return reporting.comparison_url(base, experiment, shown)
+    return reporting.comparison_url(base, str(experiment), list(shown))
 
 
 def _resume(options: argparse.Namespace, _fields: dict[str, Any]) -> int:
@@ -330,8 +325,9 @@ def _compare(options: argparse.Namespace, _fields: dict[str, Any]) -> None:
     results = []
     for run_id in ids:
         uri = tracking.tracking_uri(ledger.run(run_id).config["tracking"]["uri"])
-        found = tracking.find_run(uri, run_id)
-        results.append(running.result(ledger, run_id, {"mlflow_run_id": found[1] if found else None}))
+        experiment, shown = tracking.find_run(uri, run_id) or (None, None)
+        found = {"mlflow_run_id": shown, "mlflow_experiment_id": experiment}
+        results.append(running.result(ledger, run_id, found))
     _report(ledger, ids, options, results)
 
 

@@ -20,7 +20,7 @@ from piste import probe
 from piste.clusters import Cluster
 from piste.config import Resources
 from piste.errors import BadInput
-from piste.home import home
+from piste.home import home, keep
 from piste.ledger import Job
 from piste.preflight import check_hosts
 from piste.provenance import LIBRARIES
@@ -78,8 +78,7 @@ def check(cluster: Cluster, job: Job, resources: Resources) -> list[str]:
         }
         answers = _ask(cluster, job.request["python"], question)
         differences = compare(here, answers)
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        kept.write_text(json.dumps(answers))
+        keep(kept, json.dumps(answers))
         return differences
     return compare(here, answers)
 

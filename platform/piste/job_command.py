@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import secrets
 import sys
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from piste import catalog, jobs
+from piste import catalog, jobs, shipping
 from piste.clusters import connect
 from piste.config import Resources
 from piste.errors import BadInput, PisteError
+from piste.home import home, keep
 from piste.ledger import Job, Ledger, open_ledger
 from piste.ledger.jobs import ENDED
 
@@ -41,10 +44,10 @@ def submit(options: argparse.Namespace, asked: argparse.Namespace, fields: dict[
     words, resources, name = list(options.words), Resources(), ""
     folder = Path(options.folder) if options.folder is not None else None
     if (recipe := _recipe(asked)) is not None:
-        resources, name = _validated(recipe, asked, fields), Path(recipe).stem
         if (path := catalog.recipe_path(recipe)) == Path(recipe):
             folder = folder or path.parent
             words[words.index(recipe)] = _inside(path, folder)
+        resources, name = _validated(recipe, asked.command, fields, folder), Path(recipe).stem
     elif asked.command == "resume" or asked.command == "sweep":
         name, resources = _continued(ledger, asked)
     else:
@@ -86,19 +89,27 @@ def _recipe(asked: argparse.Namespace) -> str | None:
     return getattr(asked, "recipe", None) if asked.command == "sweep" else None
 
 
-def _validated(recipe: str, asked: argparse.Namespace, fields: dict[str, Any]) -> Resources:
+def _validated(recipe: str, command: str, fields: dict[str, Any], folder: Path | None) -> Resources:
     """The resources of a recipe that is valid.
+
+    What was found valid is remembered, with all that decides it: to find it out takes the import of torch.
 
     Raises:
         BadInput: It is not, or has no `[sweep]` to be swept.
     """
+    facts = [recipe, command, fields, shipping.content(folder), sys.version, version("torch")]
+    key = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    known = home() / "valid" / f"{key}.json"
+    if known.exists():
+        return Resources.model_validate_json(known.read_bytes())
     from piste.running import load_recipe
 
     config = load_recipe(recipe, fields)
-    if asked.command == "sweep" and config.sweep is None:
+    if command == "sweep" and config.sweep is None:
         raise BadInput(f"{recipe} has no [sweep]: nothing to search")
     if config.resources.address is not None:
         raise BadInput("resources.address: a job computes on the cluster that it is sent to: leave it out")
+    keep(known, config.resources.model_dump_json())
     return config.resources
 
 

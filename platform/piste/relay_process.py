@@ -49,14 +49,18 @@ class RelayProcess:
             )
 
     def finish(self) -> dict[str, Any]:
-        """Waits until the ended run is shown; returns `mlflow_run_id` and `pending` (None: unknown)."""
+        """Waits until the ended run is shown.
+
+        Returns:
+            `mlflow_run_id`, `mlflow_experiment_id` and `pending`; those that are unknown are left out.
+        """
         try:
             output, _ = self._process.communicate(timeout=GRACE_SECONDS + 10)
             return dict(json.loads(output.strip().splitlines()[-1]))
         except (subprocess.TimeoutExpired, ValueError, IndexError):
             self._process.kill()
             self._process.wait()
-            return {"mlflow_run_id": None, "pending": None}
+            return {}
 
     def detach(self) -> None:
         """Leaves the relay to drain by itself: nobody waits for it after an interrupt."""
@@ -101,9 +105,11 @@ def _follow(ledger_url: str, kind: Kind, name: str, uri: str) -> dict[str, Any]:
             time.sleep(0.2)
         else:
             driver_gone.wait(POLL_SECONDS)
-    found = relay.mlflow_run_id if relay else None
-    pending = relay.pending() if relay else None
-    return {"mlflow_run_id": found, "pending": pending}
+    if relay is None:
+        return {}
+    pending = relay.pending()
+    ids = {"mlflow_run_id": relay.mlflow_run_id, "mlflow_experiment_id": relay.experiment_id}
+    return {**ids, "pending": pending}
 
 
 if __name__ == "__main__":

@@ -48,6 +48,7 @@ class RunResult:
         metrics: Each metric's last value.
         artifacts: The run's files by name (`samples.json`, `step-000000300`).
         mlflow_run_id: The MLflow run that shows it; None where the tracking server could not be reached.
+        mlflow_experiment_id: The experiment of that run.
         pending: Metrics and files that MLflow still lacks; `piste sync` pushes them.
         directory: The run's folder.
     """
@@ -57,6 +58,7 @@ class RunResult:
     metrics: dict[str, float]
     artifacts: dict[str, Path]
     mlflow_run_id: str | None
+    mlflow_experiment_id: str | None
     pending: int | None
     directory: Path
     _ledger: Ledger = field(repr=False)
@@ -266,6 +268,7 @@ def result(ledger: Ledger, run_id: str, shown: Mapping[str, Any] | None = None) 
         metrics=ledger.last_values(row.id),
         artifacts={a.name: Path(a.uri) for a in ledger.artifacts(row.id) if Path(a.uri).exists()},
         mlflow_run_id=(shown or {}).get("mlflow_run_id"),
+        mlflow_experiment_id=(shown or {}).get("mlflow_experiment_id"),
         pending=(shown or {}).get("pending"),
         directory=Path(row.directory),
         _ledger=ledger,

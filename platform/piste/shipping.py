@@ -6,7 +6,7 @@ import hashlib
 import importlib.util
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,6 +42,37 @@ def pack(folder: Path | None, target: Path) -> Shipment:
     Raises:
         BadInput: The user's folder does not exist, or is over the limit; its largest files are named.
     """
+    content = _content(sources := _sources(folder))
+    for name, source in sources.items():
+        for path in files(source):
+            copy = target / name / path.relative_to(source)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, copy)
+    modules = tuple(target / name for name in sources)
+    return Shipment(modules, folder.resolve().name if folder is not None else None, content)
+
+
+def content(folder: Path | None) -> str:
+    """sha256 over the names and bytes of all files that would be sent.
+
+    Raises:
+        BadInput: As `pack`.
+    """
+    return _content(_sources(folder))
+
+
+def _content(sources: Mapping[str, Path]) -> str:
+    digest = hashlib.sha256()
+    for name, source in sources.items():
+        for path in files(source):
+            relative = path.relative_to(source).as_posix()
+            digest.update(f"{name}/{relative}\0{path.stat().st_size}\0".encode())
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def _sources(folder: Path | None) -> dict[str, Path]:
+    """The folders that are sent, by the names under which they become importable."""
     sources = {name: _package(name) for name in ("piste", *catalog.packages())}
     if folder is not None:
         name = folder.resolve().name
@@ -51,17 +82,7 @@ def pack(folder: Path | None, target: Path) -> Shipment:
             raise BadInput(f"{folder}: a folder of the name {name!r} would hide that package: rename it")
         check_size(folder)
         sources[name] = folder
-    digest = hashlib.sha256()
-    for name, source in sources.items():
-        for path in files(source):
-            relative = path.relative_to(source).as_posix()
-            digest.update(f"{name}/{relative}\0{path.stat().st_size}\0".encode())
-            digest.update(path.read_bytes())
-            copy = target / name / relative
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, copy)
-    modules = tuple(target / name for name in sources)
-    return Shipment(modules, folder.resolve().name if folder is not None else None, digest.hexdigest())
+    return sources
 
 
 def files(folder: Path) -> Iterator[Path]:

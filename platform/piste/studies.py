@@ -26,7 +26,7 @@ from typing import Any
 
 from piste import catalog, provenance, running, sweeping
 from piste.errors import BadInput, PisteError, Terminated, nearest
-from piste.home import home
+from piste.home import home, keep
 from piste.ledger import TrialRecord, open_ledger
 from piste.verdicts import Budget, Direction, Estimate, Outcome, Verdict, decide, estimate, report, rows
 from piste.verdicts import failed as failed
@@ -190,7 +190,7 @@ class Lab:
             began = time.perf_counter()
             value = function(**arguments)
             made = {"function": name, "value": value, "seconds": time.perf_counter() - began}
-            _write(path, json.dumps(made))
+            keep(path, json.dumps(made))
             return made
 
         found = self._once(["measured", key], compute)
@@ -325,8 +325,8 @@ def study(
         lab.close()
     folder = home() / "studies"
     kept = {"study": name, "scale": chosen, "created": time.time(), "verdicts": rows(verdicts)}
-    _write(folder / f"{name}.json", json.dumps(kept, indent=1))
-    _write(folder / f"{name}.txt", report(name, chosen, verdicts))
+    keep(folder / f"{name}.json", json.dumps(kept, indent=1))
+    keep(folder / f"{name}.txt", report(name, chosen, verdicts))
     return verdicts
 
 
@@ -338,7 +338,7 @@ def _judge(claim: Claim, lab: Lab) -> Verdict:
         samples = () if isinstance(measured, Estimate) else tuple(map(float, measured))
         found = measured if isinstance(measured, Estimate) else estimate(samples)
     except Exception as error:  # whatever a claim's own code or its runs raise: the other claims go on
-        _write(home() / "studies" / f"error-{claim.id}.txt", traceback.format_exc())
+        keep(home() / "studies" / f"error-{claim.id}.txt", traceback.format_exc())
         kind = "" if isinstance(error, PisteError) else f"{type(error).__name__}: "
         how = f"not measured: {kind}{str(error).strip().partition(chr(10))[0]}"
     outcome = decide((found.low, found.high), claim.threshold, claim.direction)
@@ -368,10 +368,3 @@ def _explain(claim: Claim, samples: Sequence[float], outcome: Outcome) -> str:
     sides = {"supported": claim.direction, "refuted": other, "inconclusive": "on both sides of"}
     mean = f"the mean of {len(samples)} samples" if samples else "the estimate"
     return f"the 95 % interval of {mean} is {sides[outcome]} {claim.threshold:g}"
-
-
-def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)

@@ -95,7 +95,7 @@ class SweepRelay:
         self._client = client(uri)
         self._token = token_hex(8)
         self._known = False
-        self._experiment = ""
+        self.experiment_id = ""
         self._cells: dict[int, _Shown] = {}
         self._trials: dict[int, _Shown] = {}
         self._closed: set[int] = set()  # cells that are shown whole
@@ -177,14 +177,14 @@ class SweepRelay:
 
     def _find_or_create(self, sweep: SweepRow, section: Sweep) -> None:
         name = sweep.config["tracking"]["experiment"]
-        self._experiment = find_or_create_experiment(self._client, self._uri, name)
+        self.experiment_id = find_or_create_experiment(self._client, self._uri, name)
         found = self._find()
         if found is None:
             view = json.dumps(sweep_view.view(sweep.id, section))
-            self._client.set_experiment_tag(self._experiment, view_key(sweep.id), view)
+            self._client.set_experiment_tag(self.experiment_id, view_key(sweep.id), view)
             start = int(sweep.created * 1000)
             found = self._client.create_run(
-                self._experiment, start, sweep_view.sweep_tags(sweep), run_name=sweep.id
+                self.experiment_id, start, sweep_view.sweep_tags(sweep), run_name=sweep.id
             )
         self.mlflow_run_id = found.info.run_id
         ended = sweep.status in TERMINAL and found.data.tags.get(WHOLE) == _sweep_end(sweep)
@@ -208,7 +208,7 @@ class SweepRelay:
         sweep, token = None, None
         while True:
             wanted = f"tags.`{SWEEP}` = '{self._id}'"
-            page = self._client.search_runs([self._experiment], wanted, max_results=PAGE, page_token=token)
+            page = self._client.search_runs([self.experiment_id], wanted, max_results=PAGE, page_token=token)
             for run in page:
                 tags, mark = run.data.tags, run.data.tags.get(MARK)
                 shown = _Shown(run.info.run_id, status=run.info.status, end=tags.get(WHOLE, ""))
@@ -306,7 +306,7 @@ class SweepRelay:
             if trial.outcome == "finished" and trial.number in self._trials:
                 runs[trial.cell].append(self._trials[trial.number].id)
         means = {number: shown.id for number, shown in self._cells.items()}
-        return sweep_view.note(sweep, section, ranked, runs, means, self._experiment)
+        return sweep_view.note(sweep, section, ranked, runs, means, self.experiment_id)
 
     # -- cells and trials ---------------------------------------------------------------------------
 
@@ -347,7 +347,7 @@ class SweepRelay:
             identified["mlflow.parentRunId"] = self.mlflow_run_id or ""
             start = int(trial.created * 1000)
             run = self._client.create_run(
-                self._experiment, start, identified, run_name=sweep_view.title(trial)
+                self.experiment_id, start, identified, run_name=sweep_view.title(trial)
             )
             shown = self._cells[trial.cell] = _Shown(run.info.run_id)
         elif shown.status != "RUNNING":
@@ -393,7 +393,7 @@ class SweepRelay:
             tags["piste.reused" if trial.reused else "piste.run_id"] = trial.run_id
             tags |= {"mlflow.parentRunId": parent, **closing}
             start, name = int(trial.created * 1000), sweep_view.title(trial, section.repeats > 1)
-            run = self._client.create_run(self._experiment, start, tags, run_name=name)
+            run = self._client.create_run(self.experiment_id, start, tags, run_name=name)
             shown = self._trials[trial.number] = _Shown(run.info.run_id, trial.run_id)
             closing = {}
         elif shown.status != "RUNNING" and (trial.outcome is not None or trial.status == "running"):

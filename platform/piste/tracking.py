@@ -112,6 +112,7 @@ class Relay:
         self._attempt = -1
         self._shown_end: str | None = None
         self.mlflow_run_id: str | None = None
+        self.experiment_id = ""
         self._is_found = False
 
     def step(self) -> bool:
@@ -204,7 +205,7 @@ class Relay:
         if self.mlflow_run_id != found.info.run_id:  # what was shown in another does not count
             self._uploaded.clear()
             self._attempt = -1
-        self.mlflow_run_id = found.info.run_id
+        self.mlflow_run_id, self.experiment_id = found.info.run_id, found.info.experiment_id
         # A relay that has fallen behind may have set the status back.
         is_shown = found.info.status == TERMINAL.get(run.status)
         self._shown_end = found.data.tags.get(WHOLE) if is_shown else None

@@ -12,11 +12,13 @@ from typing import Any
 import pytest
 
 from piste import cluster_preflight, jobs, probe
+from piste.cli import main
 from piste.clusters import Cluster
-from piste.config import Resources
+from piste.config import Recipe, Resources
 from piste.errors import BadInput, PisteError
 from piste.home import home
 from piste.ledger import Job, Ledger, open_ledger, without_password
+from piste.running import load_recipe
 
 
 class JobStatus(enum.Enum):
@@ -366,3 +368,34 @@ def test_an_old_answer_is_not_taken(ray: Ray, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(cluster_preflight, "FRESH_SECONDS", 0.0)
     submit(ledger, cluster(ray), job_id="k")
     assert ray.probes == 2
+
+
+def test_a_recipe_is_validated_once_for_all_jobs_of_the_same_code(
+    ray: Ray, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("piste.job_command.connect", lambda address: cluster(ray))
+    monkeypatch.setattr("piste.job_command.version", HERE.__getitem__)
+    validated: list[dict[str, Any]] = []
+
+    def load(recipe: str, fields: dict[str, Any]) -> Recipe:
+        validated.append(fields)
+        return load_recipe(recipe, fields)
+
+    monkeypatch.setattr("piste.running.load_recipe", load)
+    (tmp_path / "mine").mkdir()
+    recipe = tmp_path / "mine" / "bowl.toml"
+
+    def send(name: str, *fields: str) -> int:
+        words = ["submit", "run", str(recipe), *fields, "--id", name, "--no-follow"]
+        return main([*words, "--address", "http://head:8265"])
+
+    recipe.write_text('workload = "quadratic"\n[resources]\nworkers = 2\n')
+    assert [send("a"), send("b"), send("c", "--seed", "1"), send("d", "--seed", "1")] == [0, 0, 0, 0]
+    assert validated == [{}, {"seed": 1}]
+    recipe.write_text('workload = "quadratic"\n[resources]\nworkers = 5\n')  # other bytes: asked again
+    assert [send("e"), send("e")] == [2, 2]
+    assert "needs 5 CPUs" in capsys.readouterr().err  # of resources that are remembered
+    assert len(validated) == 3
+    recipe.write_text('workload = "quadratic"\n[resource]\n')
+    assert [send("f"), send("f")] == [2, 2]  # what is wrong is found every time
+    assert len(validated) == 5
