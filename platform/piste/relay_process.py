@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from piste.sweep_tracking import SweepRelay
 
 POLL_SECONDS = 1.0
+START_SECONDS = 0.2  # between two looks at whether something computes
 GRACE_SECONDS = 20.0
 
 
@@ -74,6 +75,27 @@ def _status(ledger: Ledger, kind: Kind, name: str) -> str:
     return ledger.sweeps.get(name).status if kind == "sweep" else ledger.run(name).status
 
 
+def _trials_begun(ledger: Ledger, sweep_id: str) -> tuple[int, int]:
+    """How many trials of a sweep compute, and how many have ended."""
+    trials = ledger.sweeps.trials(sweep_id)
+    return sum(t.status == "running" for t in trials), sum(t.outcome is not None for t in trials)
+
+
+def _await_work(ledger: Ledger, kind: Kind, name: str, driver_gone: threading.Event) -> None:
+    """Waits until something computes: MLflow's import would slow the processes that are to start."""
+    before: int | None = None
+    while not driver_gone.is_set():
+        with contextlib.suppress(PisteError):
+            if (status := _status(ledger, kind, name)) in TERMINAL or (kind == "run" and status == "running"):
+                return
+            if kind == "sweep":
+                running, ended = _trials_begun(ledger, name)
+                before = ended if before is None else before
+                if running > 0 or ended > before:
+                    return
+        driver_gone.wait(START_SECONDS)
+
+
 def _follow(ledger_url: str, kind: Kind, name: str, uri: str) -> dict[str, Any]:
     """Relays until all is shown that has ended, or the driver is gone and nothing is left to push."""
     os.nice(19)  # below the workers, to which Ray gives 15
@@ -85,6 +107,7 @@ def _follow(ledger_url: str, kind: Kind, name: str, uri: str) -> dict[str, Any]:
 
     threading.Thread(target=until_the_driver_goes, daemon=True).start()
     ledger = Ledger(ledger_url, patient=True)
+    _await_work(ledger, kind, name, driver_gone)
     relay: Relay | SweepRelay | None = None
     give_up: float | None = None
     while True:

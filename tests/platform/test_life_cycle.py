@@ -179,9 +179,11 @@ class LifeCycle(RuleBasedStateMachine):
         pick(self.world.living("driver"), which).main.interrupted = True
 
     @precondition(lambda self: self.world.living("driver"))
-    @rule(which=index)
-    def terminate(self, which: int) -> None:
-        pick(self.world.living("driver"), which).terminated.set()
+    @rule(which=index, turns=turns)
+    def terminate(self, which: int, turns: int) -> None:
+        driver = pick(self.world.living("driver"), which)
+        driver.terminated.set()
+        self._go_on(driver, turns)
 
     @precondition(lambda self: self.model.runs and not self.world.living("sync"))
     @rule(which=index)
@@ -196,6 +198,9 @@ class LifeCycle(RuleBasedStateMachine):
         """A driver goes on, and its workers; what goes wrong waits for the driver."""
         driver = pick(self.world.living("driver"), which)
         driver.faults.extend(faults)
+        self._go_on(driver, turns)
+
+    def _go_on(self, driver: Process, turns: int) -> None:
         for _ in range(turns):
             for process in (driver, *self.world.living("worker")):
                 if process.driver is driver:
