@@ -22,8 +22,8 @@ from piste_workloads import finetune
 from piste_workloads.finetune.config import Config, Model
 from piste_workloads.finetune.pretrained import keep_first_layers, load_pretrained, load_tokenizer
 from piste_workloads.llm.batches import global_batch, windows
-from piste_workloads.llm.schedule import lr_factor
 from piste_workloads.llm.tokens import Tokenizer, open_corpus
+from piste_workloads.schedule import lr_factor
 
 transformers = pytest.importorskip("transformers", reason="the optional extra `finetune`")
 
@@ -81,7 +81,7 @@ def test_the_loop_equals_plain_transformers(run_of: RunOf, config_of: Callable[.
     losses = []
     for step in range(1, config.train.steps + 1):
         for group in optimizer.param_groups:
-            group["lr"] = 3e-3 * lr_factor(config.train, step)
+            group["lr"] = 3e-3 * lr_factor(config.train, step, config.train.steps)
         starts = global_batch(config.seed, step, 8, len(corpus.train) - 16)
         inputs, targets = windows(corpus.train, starts, 16, torch.device("cpu"))
         optimizer.zero_grad()

@@ -19,9 +19,9 @@ from piste_workloads import llm
 from piste_workloads.llm.batches import global_batch, windows
 from piste_workloads.llm.config import Config, Train
 from piste_workloads.llm.model import GPT, cross_entropy, parameter_count
-from piste_workloads.llm.schedule import lr_factor
 from piste_workloads.llm.tokens import open_corpus
 from piste_workloads.llm.train import _Step
+from piste_workloads.schedule import lr_factor
 
 VERSE = "In the beginning was the word, and the word was with the reader. "
 ADAMW = {"name": "adamw", "lr": 3e-3}
@@ -90,7 +90,7 @@ def test_the_loop_equals_plain_torch(run_of: RunOf, config_of: Callable[..., Con
     losses, norms = [], []
     for step in range(1, config.train.steps + 1):
         for group in optimizer.param_groups:
-            group["lr"] = 3e-3 * lr_factor(config.train, step)
+            group["lr"] = 3e-3 * lr_factor(config.train, step, config.train.steps)
         starts = global_batch(config.seed, step, 8, len(corpus.train) - 16)
         inputs, targets = windows(corpus.train, starts, 16, torch.device("cpu"))
         optimizer.zero_grad()
@@ -235,8 +235,10 @@ def test_schedules_in_closed_form(schedule: str) -> None:
             "decay_fraction": 0.5,
         }
     )
-    assert [lr_factor(train, step) for step in range(1, 11)] == pytest.approx([k / 10 for k in range(1, 11)])
-    assert lr_factor(train, 11) == pytest.approx(1.0)
+    assert [lr_factor(train, step, train.steps) for step in range(1, 11)] == pytest.approx(
+        [k / 10 for k in range(1, 11)]
+    )
+    assert lr_factor(train, 11, train.steps) == pytest.approx(1.0)
     closed_forms: dict[str, dict[int, float]] = {
         "constant": {50: 1.0, 101: 1.0},
         # half-way between t = 10 and t = 100: m + (1 - m) / 2
@@ -245,8 +247,8 @@ def test_schedules_in_closed_form(schedule: str) -> None:
         "wsd": {40: 1.0, 51: 1.0, 76: 0.55, 101: 0.1},
     }
     for step, factor in closed_forms[schedule].items():
-        assert lr_factor(train, step) == pytest.approx(factor), step
-    factors = [lr_factor(train, step) for step in range(11, 102)]
+        assert lr_factor(train, step, train.steps) == pytest.approx(factor), step
+    factors = [lr_factor(train, step, train.steps) for step in range(11, 102)]
     assert factors == sorted(factors, reverse=True)
 
 
@@ -255,9 +257,11 @@ def test_the_schedule_multiplies_each_groups_own_lr(run_of: RunOf, config_of: Ca
     config = config_of({"optimizer": {"name": "sgd", "groups": groups}})
     run = run_of(llm, config)
     groups_after = load(newest(run))["optimizer"]["param_groups"]
-    factor = lr_factor(config.train, 8)
+    factor = lr_factor(config.train, 8, config.train.steps)
     assert [group["lr"] for group in groups_after] == pytest.approx([0.5 * factor, 0.01 * factor])
-    assert run.history("train/lr")[3][1] == pytest.approx(0.5 * lr_factor(config.train, 4))
+    assert run.history("train/lr")[3][1] == pytest.approx(
+        0.5 * lr_factor(config.train, 4, config.train.steps)
+    )
 
 
 def test_fine_tuning_starts_from_the_checkpoint(run_of: RunOf, config_of: Callable[..., Config]) -> None:

@@ -9,10 +9,10 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from piste.config import Recipe, Section
+from piste_workloads.schedule import Schedule
 
 Mlp = Literal["swiglu", "gelu"]
 Source = Literal["kjv", "file", "hub"]
-Schedule = Literal["cosine", "wsd", "constant"]
 
 
 class Model(Section):
@@ -69,17 +69,13 @@ class Data(Text):
     vocab_size: int = Field(default=2048, ge=256, description="byte-level BPE tokens; 256: plain bytes")
 
 
-class Train(Section):
+class Train(Schedule):
     """`[train]`: how long, on how much, how fast."""
 
     steps: int = Field(default=300, ge=1)
     batch: int = Field(default=16, ge=1, description="sequences a step, over all workers")
     accumulate: int = Field(default=1, ge=1, description="micro-batches of a worker a step")
     clip: float = Field(default=1.0, ge=0.0, description="largest norm of the whole gradient; 0: off")
-    schedule: Schedule = Field(default="wsd", description="of the learning rate; wsd: warm-up, stable, decay")
-    warmup_steps: int = Field(default=20, ge=0, description="linear warm-up")
-    decay_fraction: float = Field(default=0.4, gt=0.0, le=1.0, description="wsd: the steps that decay")
-    minimum_lr_ratio: float = Field(default=0.0, ge=0.0, le=1.0, description="last lr / highest lr")
     validate_every: int = Field(default=50, ge=0, description="steps; 0: at the end alone")
     validation_batches: int = Field(default=8, ge=1, description="batches of the held-out text")
     sample_every: int = Field(default=0, ge=0, description="steps; 0: at the end alone")

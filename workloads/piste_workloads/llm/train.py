@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -16,12 +15,13 @@ from piste.building import build_optimizer, state_bytes
 from piste.checkpoints import MANIFEST, load, load_model
 from piste.errors import BadInput, PisteError
 from piste.workload import Run
+from piste_workloads.hardware import no_sync, now, precision
 from piste_workloads.llm.batches import global_batch, validation_starts, windows
 from piste_workloads.llm.config import Config, TextRecipe
 from piste_workloads.llm.model import GPT, LanguageModel, cross_entropy
 from piste_workloads.llm.sample import generate_rows
-from piste_workloads.llm.schedule import lr_factor
 from piste_workloads.llm.tokens import Corpus, open_corpus
+from piste_workloads.schedule import lr_factor
 
 
 def prepare_data(config: Config) -> str:
@@ -100,7 +100,7 @@ def fit(config: TextRecipe, run: Run, model: LanguageModel, corpus: Corpus) -> N
     step_once = _Step(config, run, network, optimizer, corpus)
     non_finite = 0
     for step in range(start + 1, steps + 1):
-        factor = lr_factor(config.train, step)
+        factor = lr_factor(config.train, step, steps)
         for group, lr in zip(optimizer.param_groups, lrs, strict=True):
             if "lr" in group:
                 group["lr"] = factor * lr
@@ -151,12 +151,12 @@ class _Step:
         self._optimizer = optimizer
         self._corpus = corpus
         self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        self._precision = precision(config, run.device)
+        self._precision = precision(config.train.bf16, run.device)
 
     def __call__(self, step: int) -> dict[str, float]:
         """Takes one step and returns its metrics."""
         train, run = self._config.train, self._run
-        started = self._now()
+        started = now(run.device)
         context = self._config.context
         starts = global_batch(run.seed, step, train.batch, len(self._corpus.train) - context)
         micro_batches = [
@@ -168,22 +168,22 @@ class _Step:
 
         def closure() -> Tensor:
             nonlocal closure_seconds
-            began = self._now()
+            began = now(run.device)
             self._optimizer.zero_grad()
             loss = self._forward_and_backward(micro_batches)
             # g <- g min(1, clip / ||g||)
             norm = nn.utils.clip_grad_norm_(self._parameters, train.clip or math.inf)
             passes.append((loss, norm))
-            closure_seconds += self._now() - began
+            closure_seconds += now(run.device) - began
             return loss
 
         self._network.train()
-        stepping = self._now()
+        stepping = now(run.device)
         self._optimizer.step(closure)  # type: ignore[arg-type]
         loss, norm = passes[0]  # where the step began
-        optimizer_seconds = self._now() - stepping - closure_seconds
+        optimizer_seconds = now(run.device) - stepping - closure_seconds
         mean_loss = run.mean(float(loss))
-        seconds = self._now() - started
+        seconds = now(run.device) - started
         return {
             "train/loss": mean_loss,
             "train/gradient_norm": float(norm),
@@ -198,19 +198,13 @@ class _Step:
         total = torch.zeros((), device=self._run.device)
         for number, (inputs_bt, targets_bt) in enumerate(micro_batches, start=1):
             # Workers exchange gradients once a step, behind the last micro-batch.
-            with _no_sync(self._network) if number < len(micro_batches) else nullcontext():
+            with no_sync(self._network) if number < len(micro_batches) else nullcontext():
                 with self._precision:
                     logits_btv = self._network(inputs_bt)
                 loss = cross_entropy(logits_btv, targets_bt) / len(micro_batches)
                 loss.backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
         return total
-
-    def _now(self) -> float:
-        """Seconds, when everything asked of the device so far is done."""
-        if self._run.device.type == "cuda":
-            torch.cuda.synchronize(self._run.device)
-        return time.perf_counter()
 
 
 @torch.no_grad()
@@ -227,7 +221,7 @@ def validate(config: TextRecipe, run: Run, model: LanguageModel, corpus: Corpus)
     model.eval()
     for first in range(0, len(mine), size):
         inputs_bt, targets_bt = windows(corpus.validation, mine[first : first + size], context, run.device)
-        with precision(config, run.device):
+        with precision(config.train.bf16, run.device):
             logits_btv = model(inputs_bt)
         nats += float(cross_entropy(logits_btv, targets_bt, reduction="sum"))
         count += targets_bt.numel()
@@ -236,20 +230,6 @@ def validate(config: TextRecipe, run: Run, model: LanguageModel, corpus: Corpus)
     nats, tokens, total_bytes = (run.mean(value) for value in (nats, float(count), float(text_bytes)))
     # bits per byte = nats / ln 2 / bytes = loss / ln 2 * tokens / bytes
     return {"valid/loss": nats / tokens, "valid/bits_per_byte": nats / math.log(2.0) / total_bytes}
-
-
-def precision(config: TextRecipe, device: torch.device) -> AbstractContextManager[Any]:
-    """The autocast of the forward pass: bfloat16 where the recipe asks for it or the GPU has it.
-
-    Raises:
-        BadInput: The recipe asks for bfloat16 and the GPU lacks it.
-    """
-    cuda = device.type == "cuda"
-    available = not cuda or torch.cuda.is_bf16_supported()
-    if config.train.bf16 is True and not available:
-        raise BadInput('train.bf16 = true: this GPU has no bfloat16: set it to false or "auto"')
-    wanted = cuda and available if config.train.bf16 == "auto" else config.train.bf16
-    return torch.autocast(device.type, dtype=torch.bfloat16) if wanted else nullcontext()
 
 
 def _state(model: LanguageModel, optimizer: torch.optim.Optimizer, corpus: Corpus) -> dict[str, Any]:
@@ -268,9 +248,3 @@ def _every(period: int, step: int) -> bool:
 def _split(starts: list[int], parts: int) -> Iterator[list[int]]:
     size = len(starts) // parts
     return (starts[first : first + size] for first in range(0, len(starts), size))
-
-
-def _no_sync(network: nn.Module) -> AbstractContextManager[Any]:
-    """DistributedDataParallel's own, where there is one."""
-    no_sync: Callable[[], AbstractContextManager[Any]] = getattr(network, "no_sync", nullcontext)
-    return no_sync()
