@@ -1,0 +1,50 @@
+"""The recipe's sections for keypoint regression."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Self
+
+from pydantic import Field, model_validator
+
+from piste.config import Section
+
+OPENFIELD = Path("pose/openfield_116x120x160.npz")
+
+
+class Model(Section):
+    """`[model]`: an encoder that halves the picture, and a decoder that doubles it again."""
+
+    width: int = Field(default=16, ge=1, description="channels at half the input's size; each level doubles")
+    levels: int = Field(default=3, ge=1, description="halvings of the encoder after the first")
+
+
+class Data(Section):
+    """`[data]`: labelled pictures, how they are split, and how they are varied in training."""
+
+    path: Path = Field(default=OPENFIELD, description="an .npz or a COCO folder, here or in $PISTE_DATA")
+    annotations: str = Field(
+        default="", description="COCO: the JSON file, in the folder; empty: its only *keypoints*.json"
+    )
+    images: str = Field(default="", description="COCO: where the images are, in the folder")
+    margin: float = Field(default=1.25, ge=1.0, description="COCO: side of the crop / side of the box")
+    height: int | None = Field(
+        default=None, ge=16, description="of the network's input; none: the frames', 128 for crops"
+    )
+    width: int | None = Field(default=None, ge=16, description="as height; 96 for crops")
+    validation_fraction: float = Field(default=0.15, gt=0.0, lt=1.0, description="of the images")
+    test_fraction: float = Field(default=0.15, gt=0.0, lt=1.0, description="of the images")
+    seed: int = Field(default=0, ge=0, description="of the split")
+    brightness: float = Field(default=0.2, ge=0.0, lt=1.0, description="factor from 1 - b to 1 + b")
+    shift: int = Field(default=8, ge=0, description="largest shift along each axis, in pixels")
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if (self.height is None) != (self.width is None):
+            raise ValueError("give height and width, or neither")
+        held = self.validation_fraction + self.test_fraction
+        if held >= 1.0:
+            raise ValueError(
+                f"validation_fraction + test_fraction = {held:g} leaves nothing to train on: below 1"
+            )
+        return self
