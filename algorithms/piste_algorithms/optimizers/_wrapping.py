@@ -62,8 +62,13 @@ class Wrapper(Optimizer):
             setattr(self, name, copy.deepcopy(state_dict["memory"][name]))
 
     def __getstate__(self) -> dict[str, Any]:
-        # torch's own would leave out the base and all that a subclass keeps; hooks stay behind, as there.
-        return {name: value for name, value in vars(self).items() if not name.endswith("_hooks")}
+        # torch's own would leave out the base and all that a subclass keeps; hooks stay behind, as there, and
+        # so does the `step` with which a scheduler of the learning rate covers the class's: it is this one's.
+        return {
+            name: value
+            for name, value in vars(self).items()
+            if not name.endswith("_hooks") and name != "step"
+        }
 
     def _parameters(self) -> list[Tensor]:
         """The parameters that have a gradient, in the order of the groups.
