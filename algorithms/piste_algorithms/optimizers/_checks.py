@@ -21,6 +21,12 @@ def check_range(
         raise ValueError(f"{name} must be a number in {opening}{low:g}, {high:g}), got {value!r}")
 
 
+def check_integer(name: str, value: object, *, low: int) -> None:
+    """Raise `ValueError` unless `value` is an integer of at least `low`."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < low:
+        raise ValueError(f"{name} must be an integer >= {low}, got {value!r}")
+
+
 def check_betas(name: str, betas: object) -> None:
     """Raise `ValueError` unless `betas` is a pair of numbers in `[0, 1)`."""
     if not isinstance(betas, tuple | list) or len(betas) != 2:
