@@ -65,7 +65,7 @@ def give(model: nn.Module, values: Gradients) -> None:
 
 def assert_same(left: nn.Module, right: nn.Module, tolerance: float = 0.0) -> None:
     for (name, a), (_, b) in zip(left.named_parameters(), right.named_parameters(), strict=True):
-        assert float((a - b).abs().max()) <= tolerance, name
+        assert float((a - b).detach().abs().max()) <= tolerance, name
 
 
 def sgd(model: nn.Module, **options: Any) -> torch.optim.SGD:
