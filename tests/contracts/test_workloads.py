@@ -2,7 +2,7 @@
 
 A workload module declares `test_settings`: dotted overrides that make a run of its defaults last six
 steps and a second at most, with a checkpoint every two; `{text}` in a value stands for a small text file,
-`{model}` for a tiny pre-trained model.
+`{poses}` for tiny pictures with keypoints, `{model}` for a tiny pre-trained model.
 """
 
 from __future__ import annotations
@@ -14,39 +14,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.platform.driving import assert_same_weights, write
-from tests.workloads.tiny_llama import save_tiny_llama
+from tests.platform.driving import assert_same_weights
+from tests.workloads.small_recipes import small_recipe
 
 import piste
 from piste import catalog
-from piste.config import Recipe, override, to_toml
+from piste.config import Recipe, to_toml
 from piste.ledger import WALL_CLOCK, open_ledger
 from piste.running import RunResult, difference, resolve
 from piste.workload import Run
 
 pytest_plugins = ["tests.platform.fixtures"]
 every_workload = pytest.mark.parametrize("name", list(catalog.members("workloads")))
-SMALL_TEXT = "".join(f"{n} times {n} is {n * n}, and that was line {n}.\n" for n in range(200))
 
 
 @pytest.fixture
 def small(tmp_path: Path, no_view: None) -> Callable[[str], Recipe]:
-    text = write(tmp_path / "small.txt", SMALL_TEXT)
-
-    def make(name: str) -> Recipe:
-        module = catalog.load_workload(name)
-        assert hasattr(module, "test_settings"), f"{module.__name__} must declare test_settings"
-        places = {"text": text}
-        if "{model}" in module.test_settings.values():
-            places["model"] = save_tiny_llama(tmp_path / "model")
-        settings = {
-            key: value.format(**places) if isinstance(value, str) else value
-            for key, value in module.test_settings.items()
-        }
-        settings |= {"tracking.system_metrics": False, "workload": name}
-        return resolve(override({}, settings), name)
-
-    return make
+    return lambda name: small_recipe(name, tmp_path / "small")
 
 
 def numbers(result: RunResult) -> dict[str, list[tuple[int, float]]]:

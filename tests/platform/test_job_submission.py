@@ -16,28 +16,13 @@ from tests.platform.driving import (
     write,
 )
 from tests.platform.heads import Head, piste_job
-from tests.workloads.tiny_llama import save_tiny_llama
+from tests.workloads.small_recipes import small_recipe
 
 import piste
 from piste import catalog
-from piste.config import override, to_toml
-from piste.running import resolve
+from piste.config import to_toml
 
 pytest_plugins = ["tests.platform.fixtures"]
-
-
-SMALL_TEXT = "".join(f"{n} times {n} is {n * n}, and that was line {n}.\n" for n in range(200))
-
-
-def smallest(name: str, folder: Path) -> Path:
-    """The recipe of a workload's own `test_settings`."""
-    settings = dict(catalog.load_workload(name).test_settings)
-    places = {"text": write(folder / "small.txt", SMALL_TEXT)}
-    if "{model}" in settings.values():
-        places["model"] = save_tiny_llama(folder / "model")
-    filled = {k: v.format(**places) if isinstance(v, str) else v for k, v in settings.items()}
-    config = resolve(override({}, filled | {"tracking.system_metrics": False, "workload": name}), name)
-    return write(folder / "sent" / f"{name}.toml", to_toml(config))
 
 
 QUICK = "quadratic"
@@ -49,7 +34,7 @@ WORKLOADS = [
 
 @pytest.mark.parametrize("name", WORKLOADS)
 def test_every_workload_runs_as_a_job(name: str, ray_head: Head, shown_home: Path, tmp_path: Path) -> None:
-    recipe = smallest(name, tmp_path)
+    recipe = write(tmp_path / "sent" / f"{name}.toml", to_toml(small_recipe(name, tmp_path / "small")))
     code, out, err = piste_job(ray_head, shown_home, "submit", "run", recipe, "--id", f"the-{name}")
     assert code == 0, out + err
     ledger = ledger_of(shown_home)

@@ -66,7 +66,7 @@ def test_a_missing_keypoint_of_a_frame_does_not_count(tmp_path: Path) -> None:
 
 
 def coco(folder: Path, **data: Any) -> Examples:
-    return read_coco(folder, Data(images="photos", **data), threads=2)
+    return read_coco(folder, Data(images="photos", **data))
 
 
 def test_people_of_a_coco_folder(tmp_path: Path) -> None:
@@ -180,7 +180,7 @@ def test_what_is_wrong_with_a_coco_folder_is_named(tmp_path: Path) -> None:
     folder = save_coco(tmp_path / "coco")
     file = folder / "annotations" / "person_keypoints_tiny.json"
     with pytest.raises(BadInput, match=r"000.png: no such image: set data.images"):
-        read_coco(folder, Data(), threads=1)
+        read_coco(folder, Data())
     with pytest.raises(BadInput, match=r"other.json: no such file"):
         coco(folder, annotations="other.json")
     copy = folder / "more_keypoints.json"

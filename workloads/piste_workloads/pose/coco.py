@@ -27,7 +27,7 @@ from piste_workloads.pose.examples import Box, Examples, crop, file_hash, pixel_
 SIZE = (128, 96)
 
 
-def read_coco(folder: Path, data: Data, threads: int) -> Examples:
+def read_coco(folder: Path, data: Data) -> Examples:
     """Reads annotations; the images themselves are read when they are asked for.
 
     A picture is the person's box, each side `data.margin` times as long and one of them longer still, so that
@@ -36,7 +36,6 @@ def read_coco(folder: Path, data: Data, threads: int) -> Examples:
     Args:
         folder: The folder.
         data: The recipe's `[data]`.
-        threads: How many images are read at a time.
 
     Raises:
         BadInput: The annotations cannot be read or have no person in them; an image is not there.
@@ -59,7 +58,7 @@ def read_coco(folder: Path, data: Data, threads: int) -> Examples:
     sizes = _file_sizes(set(paths))
     numbers = {path: number for number, path in enumerate(sorted(sizes))}
     keypoints = np.stack([to_crop(row[:, :2], box, size) for row, box in zip(labels, boxes, strict=True)])
-    pool = ThreadPoolExecutor(threads)
+    pool = ThreadPoolExecutor(data.threads)
 
     def read(indices: Sequence[int]) -> Tensor:
         crops = pool.map(lambda index: _crop_of(paths[index], boxes[index], size), indices)

@@ -7,7 +7,8 @@ from typing import Self
 
 from pydantic import Field, model_validator
 
-from piste.config import Section
+from piste.config import Optimizer, Section
+from piste_workloads.supervised import SupervisedRecipe, Training
 
 OPENFIELD = Path("pose/openfield_116x120x160.npz")
 
@@ -20,7 +21,7 @@ class Model(Section):
 
 
 class Data(Section):
-    """`[data]`: labelled pictures, how they are split, and how they are varied in training."""
+    """`[data]`: labelled pictures, and how they are split."""
 
     path: Path = Field(default=OPENFIELD, description="an .npz or a COCO folder, here or in $PISTE_DATA")
     annotations: str = Field(
@@ -28,6 +29,7 @@ class Data(Section):
     )
     images: str = Field(default="", description="COCO: where the images are, in the folder")
     margin: float = Field(default=1.25, ge=1.0, description="COCO: side of the crop / side of the box")
+    threads: int = Field(default=4, ge=1, description="COCO: images that are read at a time")
     height: int | None = Field(
         default=None, ge=16, description="of the network's input; none: the frames', 128 for crops"
     )
@@ -35,8 +37,6 @@ class Data(Section):
     validation_fraction: float = Field(default=0.15, gt=0.0, lt=1.0, description="of the images")
     test_fraction: float = Field(default=0.15, gt=0.0, lt=1.0, description="of the images")
     seed: int = Field(default=0, ge=0, description="of the split")
-    brightness: float = Field(default=0.2, ge=0.0, lt=1.0, description="factor from 1 - b to 1 + b")
-    shift: int = Field(default=8, ge=0, description="largest shift along each axis, in pixels")
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -48,3 +48,43 @@ class Data(Section):
                 f"validation_fraction + test_fraction = {held:g} leaves nothing to train on: below 1"
             )
         return self
+
+
+class Augmentation(Section):
+    """`[augmentation]`: what is done to training pictures, anew at every step."""
+
+    brightness: float = Field(default=0.2, ge=0.0, lt=1.0, description="a factor from 1 - b to 1 + b")
+    shift: int = Field(default=8, ge=0, description="the longest shift along each axis, in pixels")
+
+
+class Train(Training):
+    """`[train]` of keypoint regression."""
+
+    epochs: int = Field(default=40, ge=1)
+    batch: int = Field(default=16, ge=1, description="examples a step, over all workers")
+    sigma: float = Field(default=1.5, gt=0.0, description="of the bumps, in pixels of a heat map")
+    pck_fraction: float = Field(
+        default=0.2, gt=0.0, description="a keypoint is correct within this share of the example's length"
+    )
+
+
+class Config(SupervisedRecipe, frozen=True):
+    """Everything that a run of the workload `pose` is told."""
+
+    workload: str = "pose"
+    optimizer: Optimizer = Optimizer.model_validate({"name": "sgd", "lr": 1.0, "momentum": 0.9})
+    model: Model = Model()
+    data: Data = Data()
+    augmentation: Augmentation = Augmentation()
+    train: Train = Train()
+
+    @property
+    def examples(self) -> int:
+        """How many pictures there are to train on.
+
+        Raises:
+            BadInput: They cannot be had.
+        """
+        from piste_workloads.pose.reading import open_examples
+
+        return len(open_examples(self.data)[1].train)

@@ -108,7 +108,8 @@ def pixel_errors(predicted: Tensor, true: Tensor, scale: Tensor) -> Tensor:
     Returns:
         `(batch, keypoints)`.
     """
-    return torch.linalg.vector_norm((predicted - true) * scale[:, None], dim=-1)
+    distances: Tensor = torch.linalg.vector_norm((predicted - true) * scale[:, None], dim=-1)
+    return distances
 
 
 def correct_keypoints(errors: Tensor, lengths: Tensor, fraction: float) -> Tensor:

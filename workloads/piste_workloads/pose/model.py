@@ -3,8 +3,8 @@
 The encoder's level `l` has `width 2^l` channels at `2^-(l+1)` of the input's size; the decoder takes the maps
 of each level along on its way back, to half the input's size (Ronneberger, Fischer and Brox, "U-Net",
 arXiv:1505.04597, with batch norms and one convolution a level on the way back). First weights are
-N(0, 2 / fan_out) (He et al., arXiv:1502.01852, equation 14), those of the head N(0, 0.001^2): the first maps are
-nearly zero, as most of what is taught is.
+N(0, 2 / fan_out) (He et al., arXiv:1502.01852, equation 14), those of the head N(0, 0.001^2): the first maps
+are nearly zero, as most of what is taught is.
 """
 
 from __future__ import annotations
