@@ -70,9 +70,21 @@ def check_optimizer(section: Optimizer) -> None:
     hidden.__dynamo_disable = hidden
     try:
         groups = parameter_groups(section.model_copy(update={"groups": ()}), model)
-        _build(section, groups, _group_options(section), {"model": model, "total_steps": 1})
+        given = {"model": model, "total_steps": 1}
+        _build(_selecting_all(section), groups, _group_options(section), given)
     finally:
         del hidden.__dynamo_disable
+
+
+def _selecting_all(section: Optimizer) -> Optimizer:
+    """The section, its patterns of parameters' names (`select`) such that they match any model's.
+
+    One that is no regular expression stays one.
+    """
+    changed: dict[str, Any] = {"base": section.base and _selecting_all(section.base)}
+    if isinstance(section.options.get("select"), str):
+        changed["select"] = f"{section.options['select']}|"
+    return section.model_copy(update=changed)
 
 
 def _group_options(section: Optimizer) -> set[str]:

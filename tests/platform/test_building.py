@@ -162,3 +162,15 @@ def test_a_recipe_is_checked_without_torch_s_compiler() -> None:
         "assert 'torch._dynamo' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_a_selection_by_name_is_checked_without_the_model(model: nn.Module) -> None:
+    def wrapping(select: str) -> Optimizer:
+        egd = {"name": "egd", "select": select, "base": {"name": "sgd", "lr": 0.1}}
+        return section(name="grokfast", base=egd)
+
+    check_optimizer(wrapping("blocks.*mlp"))  # which there is in the model that the recipe trains
+    with pytest.raises(BadInput, match="matches none"):
+        build_optimizer(wrapping("blocks.*mlp"), model)
+    with pytest.raises(BadInput, match="is no regular expression"):
+        check_optimizer(wrapping("blocks["))
