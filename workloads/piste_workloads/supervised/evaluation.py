@@ -53,6 +53,8 @@ def top_eigenvalue(config: SupervisedRecipe, model: nn.Module, task: Task) -> fl
     inputs, targets = task.examples("train", torch.arange(count) * size // count)  # spread over the classes
     model.eval()
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    value = sharpness(lambda: task.loss(model(inputs).float(), targets), parameters)
+    value = sharpness(
+        lambda: task.loss(model(inputs).float(), targets), parameters, iterations=30, tolerance=1e-3
+    )
     model.train()
     return value
