@@ -10,6 +10,7 @@ from typing import Any
 from piste.errors import BadInput
 
 JOBS = ("run", "sweep", "study", "resume")  # what can be sent to a cluster
+FLAGS = {"--skip-bad": ("data.skip_bad", True)}  # short for a recipe's field and its value
 
 
 def parse(words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -44,7 +45,8 @@ def _parser() -> argparse.ArgumentParser:
     listing.add_argument("kind", nargs="?", choices=[*KINDS, "runs", "sweeps"])
     running = add(
         "run",
-        "run recipes, one after the other, and compare them; --section.field VALUE overrides",
+        "run recipes, one after the other, and compare them; --section.field VALUE overrides; "
+        "--skip-bad leaves out images that cannot be read",
         follow,
     )
     running.add_argument("recipes", nargs="+", metavar="RECIPE")
@@ -118,7 +120,7 @@ def _joined(words: Sequence[str]) -> list[str]:
 
 
 def fields_of(command: str, rest: Sequence[str]) -> dict[str, Any]:
-    """A recipe's fields among the words of a command: `--section.field VALUE` or `--section.field=VALUE`.
+    """A recipe's fields among the words of a command: `--section.field VALUE`, `--section.field=VALUE`, flags.
 
     Raises:
         BadInput: Something else is among them, or the command takes none.
@@ -133,6 +135,10 @@ def fields_of(command: str, rest: Sequence[str]) -> dict[str, Any]:
         name, equals, value = word[2:].partition("=")
         if command not in {"run", "sweep", "call"}:
             raise BadInput(f"{command} takes no --{name}")
+        if word in FLAGS:
+            field, setting = FLAGS[word]
+            fields[field] = setting
+            continue
         text = value if equals else next(words, None)
         if text is None:
             raise BadInput(f"--{name} needs a value")

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from piste import command_line
 from piste.errors import BadInput
 from piste_workloads.data import (
     Dataset,
@@ -357,13 +358,19 @@ def test_a_broken_picture_is_named_and_left_out_only_when_asked(
             with pytest.raises(BadInput, match=rf"bad member train/cat/0001.png: .*({cause})") as caught:
                 load("cifar10", root=place)
             assert "\n" not in str(caught.value)
-            assert "--data.skip_bad true" in str(caught.value)
+            assert "--skip-bad" in str(caught.value)
             continue
         data = load("cifar10", root=place, skip_bad=True)
         assert len(data) == 39
         assert [member.partition(":")[0] for member in data.meta.skipped] == ["train/cat/0001.png"]
         assert "1 members skipped" in str(data.meta)
         assert data.y.bincount().tolist() == [4, 4, 4, 3, 4, 4, 4, 4, 4, 4]
+
+
+def test_the_commands_flag_is_the_recipes_field() -> None:
+    options, rest = command_line.parse(["run", "images-sgd", "--skip-bad", "--train.epochs", "2", "--local"])
+    assert (options.recipes, options.local) == (["images-sgd"], True)
+    assert command_line.fields_of("run", rest) == {"data.skip_bad": True, "train.epochs": 2}
 
 
 def test_a_pickle_runs_nothing(pictures: Pictures, tmp_path: Path) -> None:

@@ -157,7 +157,7 @@ def _read(place: Path, layout: Layout, skip_bad: bool) -> Arrays:
 
 
 def _bad_member(place: Path, member: str) -> BadInput:
-    return BadInput(f"{place}: bad member {member}: mend it, or leave it out with --data.skip_bad true")
+    return BadInput(f"{place}: bad member {member}: mend it, or leave it out with --skip-bad (data.skip_bad)")
 
 
 def _examples(name: str, content: bytes, layout: Layout) -> Examples:
