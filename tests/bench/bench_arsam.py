@@ -4,10 +4,10 @@ Run: `python tests/bench/bench_arsam.py [--threads 1] [--windows 4]`. One line a
 ratio, target, PASS or MISS; exit code 1 if one misses.
 
 A network of three convolutions with batch normalisation learns from batches of 64 pictures, 3x32x32, under
-each optimizer. The optimizers take their steps in turn, so that what else the machine does hits all alike; time
-is the CPU time of this process. A figure is the median over ARSAM's windows of 50 steps of the mean time of a
-step; a ratio is the median over windows of the ratio of these means. *Bookkeeping* is what a step takes beyond
-its gradient evaluations and the base's step.
+each optimizer. The optimizers take their steps in turn, so that what else the machine does hits all alike;
+time is the CPU time of this process. A figure is the median over ARSAM's windows of 50 steps of the mean time
+of a step; a ratio is the median over windows of the ratio of these means. *Bookkeeping* is what a step takes
+beyond its gradient evaluations and the base's step.
 """
 
 import argparse
