@@ -148,6 +148,12 @@ class Stacked(ABC):
             resolved = {**options[0], **columns, **own}
             zero = frozenset(name for name in columns if not bool(resolved[name].any()))
             self._groups.append(_Group(members, resolved, zero))
+        self._lrs = [group.options["lr"] for group in self._groups]
+
+    def scale_lr(self, factor: float) -> None:
+        """The next steps take `factor` times the learning rates that the trials were made with."""
+        for group, lr in zip(self._groups, self._lrs, strict=True):
+            group.options["lr"] = factor * lr
 
     @classmethod
     @abstractmethod

@@ -120,7 +120,7 @@ def _joined(words: Sequence[str]) -> list[str]:
 
 
 def fields_of(command: str, rest: Sequence[str]) -> dict[str, Any]:
-    """A recipe's fields among the words of a command: `--section.field VALUE`, `--section.field=VALUE`, flags.
+    """A recipe's fields among a command's words: `--section.field VALUE`, `--section.field=VALUE`, flags.
 
     Raises:
         BadInput: Something else is among them, or the command takes none.

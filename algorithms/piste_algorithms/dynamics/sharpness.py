@@ -4,18 +4,20 @@ With the gradient g and the Hessian H at the parameters, and Pearlmutter's produ
 
     H v = d (g^T v) / d theta
 
-power iteration finds the eigenvalue of the largest magnitude,
+power iteration finds an eigenvector of the eigenvalue of the largest magnitude,
 
-    v <- H v / ||H v||,    lambda = v^T H v
+    v <- H v / ||H v||,    lambda = v^T H v,    m = ||H v||
 
-Where that is negative, H - lambda I has no negative eigenvalue, and the same iteration on it finds the
-largest eigenvalue of H, shifted by lambda.
+Where that is not the largest eigenvalue, because it is negative or because there is one of either sign, the
+same iteration on H + m I, which has no negative eigenvalue, finds the largest one of H, shifted by m. Neither
+v^T H v is above it.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,8 +41,8 @@ def sharpness(
     Args:
         loss: takes no argument and returns a scalar that depends on `params`, the same one at every call.
         params: tensors that require a gradient.
-        iterations: at most as many products for either end of the spectrum.
-        tolerance: the iteration ends when the eigenvalue changes by less than this, relatively.
+        iterations: at most as many products with H, and as many with H + m I.
+        tolerance: an iteration ends when ||H v - lambda v||^2 is at most as much of ||H v||^2.
         generator: draws the first direction, on the device of the parameters; None: one of seed 0.
 
     Returns:
@@ -74,17 +76,16 @@ def sharpness(
         return [each.detach() for each in found]
 
     start = _direction(parameters, generator)
-    extreme = _dominant(product, start, iterations, tolerance)
-    if not extreme < 0.0:
-        return extreme
-    # H - lambda I
-    shifted = _dominant(
-        lambda v: [hv - extreme * each for hv, each in zip(product(v), v, strict=True)],
-        start,
-        iterations,
-        tolerance,
-    )
-    return extreme + shifted
+    found = _dominant(product, start, iterations, tolerance)
+    if (found.eigenvalue >= 0.0 and found.converged) or not math.isfinite(found.length):
+        return found.eigenvalue
+    shift = found.length
+
+    def shifted(vector: Vector) -> Vector:
+        # H + m I
+        return [hv + shift * v for hv, v in zip(product(vector), vector, strict=True)]
+
+    return max(found.eigenvalue, _dominant(shifted, start, iterations, tolerance).eigenvalue - shift)
 
 
 def _direction(parameters: Sequence[Tensor], generator: torch.Generator | None) -> Vector:
@@ -99,21 +100,29 @@ def _direction(parameters: Sequence[Tensor], generator: torch.Generator | None) 
     return [each / length for each in drawn]
 
 
-def _dominant(product: Product, vector: Vector, iterations: int, tolerance: float) -> float:
+class _Found(NamedTuple):
+    """The end of a power iteration: v^T H v, ||H v||, and whether v is nearly an eigenvector."""
+
+    eigenvalue: float
+    length: float
+    converged: bool
+
+
+def _dominant(product: Product, vector: Vector, iterations: int, tolerance: float) -> _Found:
     """The eigenvalue of the largest magnitude, from a direction of length 1."""
-    eigenvalue = math.inf
+    found = _Found(0.0, 0.0, False)
     for _ in range(iterations):
         image = product(vector)
-        # lambda = v^T H v
-        before, eigenvalue = eigenvalue, _dot(vector, image)
-        length = math.sqrt(_dot(image, image))
-        if length == 0.0 or not math.isfinite(length):
-            return eigenvalue
-        if abs(eigenvalue - before) <= tolerance * abs(eigenvalue):
-            return eigenvalue
+        # lambda = v^T H v, m = ||H v||
+        eigenvalue, square = _dot(vector, image), _dot(image, image)
+        # ||H v - lambda v||^2 = m^2 - lambda^2
+        converged = square - eigenvalue**2 <= tolerance * square
+        found = _Found(eigenvalue, math.sqrt(square), converged)
+        if converged or not math.isfinite(square):
+            break
         # v <- H v / ||H v||
-        vector = [each / length for each in image]
-    return eigenvalue
+        vector = [each / found.length for each in image]
+    return found
 
 
 def _dot(a: Vector, b: Vector) -> float:

@@ -1,9 +1,23 @@
 """Image classification: ResNets, wide ResNets, small networks; label noise, augmentation, sharpness."""
 
 from piste_workloads.images.config import Config
+from piste_workloads.images.packed import pack_key, train_many
+from piste_workloads.images.predict import predict
 from piste_workloads.images.train import prepare_data, train
 
-__all__ = ["Config", "headline", "prepare_data", "test_settings", "train"]
+__all__ = [
+    "Config",
+    "headline",
+    "pack_key",
+    "predict",
+    "prepare_data",
+    "test_settings",
+    "train",
+    "train_many",
+    "verbs",
+]
+
+verbs = {"predict": predict}
 
 headline = (
     "test/accuracy",

@@ -95,7 +95,12 @@ class Classification(Task):
         self._label_smoothing = config.train.label_smoothing
         mean, deviation = statistics(parts["train"][0])
         self.mean, self.deviation = mean.to(device), deviation.to(device)
-        self.kept: Mapping[str, Any] = {"mean": mean, "deviation": deviation, "classes": list(self.classes)}
+        self.kept: Mapping[str, Any] = {
+            "mean": mean,
+            "deviation": deviation,
+            "classes": list(self.classes),
+            "shape": list(self.shape),
+        }
 
     def examples(self, part: str, indices: Tensor) -> tuple[Tensor, Tensor]:
         """Normalised images `(n, channels, height, width)` and labels `(n,)`, as they are."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import time
 from collections.abc import Iterator
@@ -22,6 +21,7 @@ from piste_workloads.supervised.config import SupervisedRecipe
 from piste_workloads.supervised.evaluation import evaluate, top_eigenvalue
 from piste_workloads.supervised.pictures import draw
 from piste_workloads.supervised.progress import Progress
+from piste_workloads.supervised.randomness import generator_at, order_of
 from piste_workloads.supervised.task import Task
 
 TOLD_BY_OPTIMIZERS = ("sam_fraction", "psf_norm", "psf_ratio")
@@ -92,7 +92,7 @@ def fit(config: SupervisedRecipe, run: Run, model: nn.Module, task: Task) -> Non
     for step in range(start + 1, steps + 1):
         epoch, place = divmod(step - 1, per_epoch)
         if place == 0 or step == start + 1:
-            order = torch.randperm(task.sizes["train"], generator=_generator("cpu", run.seed, "epoch", epoch))
+            order = order_of(epoch, run.seed, task.sizes["train"])
         factor = lr_factor(config.train, step, steps)
         for group, lr in zip(optimizer.param_groups, lrs, strict=True):
             if "lr" in group:
@@ -165,7 +165,7 @@ class _Training:
         """Takes one step with a batch `(batch,)` of all workers; returns its metrics."""
         run, parts = self._run, self._config.train.accumulate
         started, started_cpu = now(run.device), time.process_time()
-        generator = _generator(run.device, run.seed, "step", step)
+        generator = generator_at(step, run.seed, run.device)
         inputs, targets = self._task.batch(indices, self._share, generator)
         micro_batches = list(zip(inputs.chunk(parts), targets.chunk(parts), strict=True))
         passes: list[dict[str, float]] = []  # what every call of the closure found
@@ -235,12 +235,6 @@ def _chain(optimizer: torch.optim.Optimizer) -> Iterator[torch.optim.Optimizer]:
     while found is not None:
         yield found
         found = getattr(found, "base", None)
-
-
-def _generator(device: torch.device | str, *place: Any) -> torch.Generator:
-    """A generator that depends on a place in a run alone."""
-    digest = hashlib.sha256(":".join(map(str, place)).encode()).digest()
-    return torch.Generator(device).manual_seed(int.from_bytes(digest[:8]) >> 1)
 
 
 def _every(period: int, epoch: int) -> bool:
