@@ -77,7 +77,7 @@ def whiten(
     - `svd`: by the singular value decomposition, in the dtype of `matrix`.
     - `rsvd`: by a randomised one of rank `rank` (Alg. 3), exact for `rank >= min(m, n)`.
     - `newton_schulz`: by matrix products alone, which suits accelerators. Singular values above 0.001 of the
-      Frobenius norm become 1 to about 1e-4; smaller ones stay below 1, in proportion.
+      Frobenius norm become 1 to about 1e-4; smaller ones end between 0 and 1.
     - `colnorm`: not `U V^T`: every row, the weights of one output unit, is divided by its Euclidean norm.
 
     Args:
@@ -135,8 +135,7 @@ def _whiten(
     elif method == "newton_schulz":
         result = _newton_schulz(scaled)
     else:
-        # ||G_i:|| = 1 for every row that is not zero
-        result = torch.nn.functional.normalize(scaled, dim=-1, eps=torch.finfo(dtype).tiny)
+        result = _colnorm(scaled)
     if not regular:
         result = torch.where(whitenable, result, matrix)
     return result, whitenable[..., 0, 0]
@@ -208,6 +207,13 @@ def _newton_schulz(matrix: Tensor) -> Tensor:
         # X <- a X + (b X X^T + c (X X^T)^2) X
         x = a * x + (b * gram + c * (gram @ gram)) @ x
     return x if wide is matrix else x.mT
+
+
+def _colnorm(matrix: Tensor) -> Tensor:
+    tiny = torch.finfo(matrix.dtype).tiny
+    rows = matrix / matrix.abs().amax(-1, keepdim=True).clamp_min(tiny)
+    # G_i: <- G_i: / ||G_i:||, for rows of which each has been brought to entries of at most 1
+    return torch.nn.functional.normalize(rows, dim=-1, eps=tiny)
 
 
 def _default_rcond(matrix: Tensor) -> float:
@@ -355,7 +361,7 @@ class EGD(Wrapper):
         generator = torch.Generator().manual_seed(self.whitened_steps)
         outcomes = []
         for group, chosen in zip(self.param_groups, self._chosen(), strict=True):
-            decay = -group["weight_decay"] if group.get("maximize") else group.get("weight_decay", 0.0)
+            decay = group.get("weight_decay", 0.0) * (-1 if group.get("maximize") else 1)
             for parameter in compress(group["params"], chosen):
                 if parameter.grad is None or parameter.numel() == 0:
                     continue
