@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tests.algorithms.sam_peer import difference_from_peer
 from tests.algorithms.sharpness import (
     FAMILY,
     Batch,
@@ -19,7 +20,6 @@ from tests.algorithms.sharpness import (
     WrittenSGD,
     batches,
     closure_of,
-    difference_from_peer,
     gradient_at,
     network,
     sam_gradient,

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from tests.algorithms.sharpness import difference_from_peer
+from tests.algorithms.sam_peer import difference_from_peer
 from tests.bench.bench_optimizers import Table
 
 from piste_algorithms.optimizers import AESAM, ARSAM, SAM, LookSAM
