@@ -28,8 +28,10 @@ def hold_out(data: Dataset, fraction: float, seed: int) -> tuple[Tensor, Tensor]
 
 
 def some(data: Dataset, count: int, seed: int) -> Tensor:
-    """The indices of `count` examples, ascending; of every class the same share, up to rounding."""
-    order = _ranks(data.y, None, seed).argsort(stable=True)
+    """The indices of `count` examples, ascending; the same share of every class and group, up to rounding."""
+    strata = data.y if data.group is None else torch.stack([data.y, data.group])
+    _, stratum = np.unique(strata.numpy().reshape(-1, len(data)), axis=1, return_inverse=True)
+    order = _ranks(torch.from_numpy(stratum), None, seed).argsort(stable=True)
     return torch.from_numpy(np.sort(order[:count]))
 
 

@@ -16,7 +16,7 @@ from piste_workloads.images.config import Config
 from piste_workloads.images.task import Classification
 from piste_workloads.images.train import network_of
 from piste_workloads.schedule import lr_factor
-from piste_workloads.supervised.loop import check
+from piste_workloads.supervised import check
 from piste_workloads.supervised.randomness import generator_at, order_of
 
 Parameters = dict[str, Tensor]  # (trials, ...) each
@@ -41,7 +41,7 @@ def train_many(configs: Sequence[Config], runs: PackedRuns) -> None:
     """`train` for all trials of a pack at once, up to rounding; one that diverges goes on."""
     config = configs[0]
     task = Classification(config, runs.device)
-    per_epoch = check(config, task)
+    per_epoch = check(config, task.sizes)
     steps = config.train.epochs * per_epoch
     seeds = list(dict.fromkeys(runs.seeds))
     # Which of the seeds each trial has, (trials,).

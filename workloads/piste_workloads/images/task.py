@@ -14,7 +14,7 @@ from piste.errors import BadInput
 from piste_workloads.data import Dataset, hold_out, load, some
 from piste_workloads.images.augmentation import augment, draw
 from piste_workloads.images.config import Data, ImageRecipe
-from piste_workloads.supervised import Task
+from piste_workloads.supervised import Task, check
 
 Part = tuple[Tensor, Tensor]  # images (n, channels, height, width) uint8, labels (n,) int64
 
@@ -50,8 +50,13 @@ def open_data(section: Data) -> tuple[dict[str, Part], Dataset]:
 
 
 def data_hash(config: ImageRecipe) -> str:
-    """The hash of all images and labels that a recipe uses; makes the cache where there is one."""
+    """The hash of all images and labels that a recipe uses; makes the cache where there is one.
+
+    Raises:
+        BadInput: As `open_data`; they are too few for the recipe's batch or workers.
+    """
     parts, whole = open_data(config.data)
+    check(config, {name: len(labels) for name, (_, labels) in parts.items()})
     digest = hashlib.sha256(whole.meta.sha256.encode())
     for name in sorted(parts):
         for tensor in parts[name]:

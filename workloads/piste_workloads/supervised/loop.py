@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from typing import Any
 
@@ -27,19 +27,23 @@ from piste_workloads.supervised.task import Task
 TOLD_BY_OPTIMIZERS = ("sam_fraction", "psf_norm", "psf_ratio")
 
 
-def check(config: SupervisedRecipe, task: Task) -> int:
-    """Whether a recipe can train on a task's examples; returns the steps of an epoch.
+def check(config: SupervisedRecipe, sizes: Mapping[str, int]) -> int:
+    """Whether a recipe can train on so many examples; returns the steps of an epoch.
+
+    Args:
+        config: The recipe.
+        sizes: How many examples each part has, as `Task.sizes`.
 
     Raises:
         BadInput: There are fewer examples than a batch has, or a part with fewer than there are workers; the
             warm-up does not end.
     """
-    train, size = config.train, task.sizes["train"]
+    train, size = config.train, sizes["train"]
     if size < train.batch:
         raise BadInput(
             f"train.batch = {train.batch}, but there are {size} training examples: lower it or use more data"
         )
-    for part, held_out in task.sizes.items():
+    for part, held_out in sizes.items():
         if held_out < config.resources.workers:
             raise BadInput(
                 f"data: the {part} part has {held_out} examples for resources.workers = "
@@ -79,7 +83,7 @@ def fit(config: SupervisedRecipe, run: Run, model: nn.Module, task: Task) -> Non
         PisteError: The loss has not been finite for `train.non_finite_steps` steps.
         CheckpointError: The checkpoint to resume from is of another architecture.
     """
-    per_epoch = check(config, task)
+    per_epoch = check(config, task.sizes)
     steps = config.train.epochs * per_epoch
     optimizer = build_optimizer(config.optimizer, model, total_steps=steps)
     # The recipe's learning rate of each group; the schedule multiplies it.
