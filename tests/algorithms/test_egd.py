@@ -91,12 +91,14 @@ def test_sgd_with_weight_decay_by_hand(maximize: bool) -> None:
         torch.testing.assert_close(parameter.detach(), weights[name], rtol=0, atol=1e-11)
 
 
-def test_adamw_by_hand() -> None:
-    """Decay inside the whitened gradient for `hidden`, decoupled for all others of the same group."""
+@pytest.mark.parametrize("folded", [False, True])
+def test_adamw_by_hand(folded: bool) -> None:
+    """Decay inside the whitened gradient for `hidden` where it is folded, decoupled for all else."""
     model = Net()
     optimizer = EGD(
         torch.optim.AdamW(model.named_parameters(), lr=0.01, betas=(0.8, 0.9), eps=1e-6, weight_decay=0.4),
         select="^hidden",
+        fold_weight_decay=folded,
     )
     weights = {name: value.detach().clone() for name, value in model.named_parameters()}
     first = {name: torch.zeros_like(value) for name, value in weights.items()}
@@ -108,8 +110,8 @@ def test_adamw_by_hand() -> None:
         for name, weight in weights.items():
             gradient = given[name]
             if name == "hidden.weight":
-                gradient = oracle(gradient + 0.4 * weight)
-            else:
+                gradient = oracle(gradient + (0.4 * weight if folded else 0.0))
+            if name != "hidden.weight" or not folded:
                 weight = weight * (1 - 0.01 * 0.4)
             first[name] = 0.8 * first[name] + 0.2 * gradient
             second[name] = 0.9 * second[name] + 0.1 * gradient**2

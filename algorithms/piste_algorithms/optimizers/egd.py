@@ -17,6 +17,10 @@ decomposition), and its released code. Where they differ:
 - Accuracy is that of the validation data, as in the text; the code looks at the test data.
 - Singular values below a relative threshold count as zero, as in the text (Remark 2); the code clamps them at
   1e-6 or 1e-9, or not at all.
+- Weight decay is in the gradient that is whitened, as in the code of the two-layer networks, where it is part
+  of the loss. On MNIST and for the transformer the code leaves it to torch's AdamW and Adam, behind the
+  whitening: that is `fold_weight_decay=False`. With a decay of 2.0, as on MNIST, folding leaves little of the
+  gradient in its sum with the decay.
 - Which matrices are whitened is the caller's choice (`select`). The code whitens the first layer alone in its
   two-layer networks, all layers on MNIST, and both linear maps of each block in the transformer.
 - `rsvd` draws a new test matrix at every step; the code draws the same one.
@@ -27,7 +31,7 @@ decomposition), and its released code. Where they differ:
 import math
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import compress
 from typing import Any, ClassVar, overload
 
@@ -256,6 +260,8 @@ class EGD(Wrapper):
             in all groups, and the parameter. It is asked once a parameter. The optimizer can be pickled if
             the function can.
         switch_threshold: accuracy above which `notify` switches off, 0 <= switch_threshold <= 1; 1 is never.
+        fold_weight_decay: whether the base's weight decay is whitened with the gradient of a chosen matrix;
+            if not, it stays the base's own for all.
 
     Attributes:
         enabled: whether gradients are whitened.
@@ -283,6 +289,7 @@ class EGD(Wrapper):
         rcond: float | None = None,
         select: Select | None = None,
         switch_threshold: float = 0.95,
+        fold_weight_decay: bool = True,
     ) -> None:
         _check_whiten(method, rank, rcond)
         if isinstance(select, str):
@@ -299,6 +306,7 @@ class EGD(Wrapper):
         self.rcond = rcond
         self.select = select
         self.switch_threshold = switch_threshold
+        self.fold_weight_decay = fold_weight_decay
         self.enabled = True
         self.skipped = 0
         self.whitened_steps = 0
@@ -352,7 +360,7 @@ class EGD(Wrapper):
             return loss
         with torch.no_grad(), self._gradients_kept():
             self._whiten_gradients()
-            with self._weight_decay_folded():
+            with self._weight_decay_folded() if self.fold_weight_decay else nullcontext():
                 self.base.step()
         self.whitened_steps += 1
         return loss
@@ -361,7 +369,8 @@ class EGD(Wrapper):
         generator = torch.Generator().manual_seed(self.whitened_steps)
         outcomes = []
         for group, chosen in zip(self.param_groups, self._chosen(), strict=True):
-            decay = group.get("weight_decay", 0.0) * (-1 if group.get("maximize") else 1)
+            sign = -1 if group.get("maximize") else 1
+            decay = sign * group.get("weight_decay", 0.0) if self.fold_weight_decay else 0.0
             for parameter in compress(group["params"], chosen):
                 if parameter.grad is None or parameter.numel() == 0:
                     continue
