@@ -15,7 +15,7 @@ from tests.workloads.local_runs import RunOf
 from piste.config import Optimizer, Recipe
 from piste.packing import PackedRuns, groups, run_pack
 from piste.space import Sweep
-from piste_workloads import mlp, quadratic
+from piste_workloads import images, mlp, quadratic
 
 Array = NDArray[np.float64]
 Trial = tuple[Recipe, int]
@@ -94,6 +94,38 @@ def test_a_packed_mlp_in_float32_is_the_one_alone_to_four_digits(
     # Rounding grows along a path: 5e-6 was the most among 120 of 3,000 trials of 100 steps; REG's, as its
     # updates keep their size near a minimum.
     assert_as_alone(mlp, mlps(options, (0, 1), "float32"), run_of, 1e-4)
+
+
+@every_optimizer
+def test_a_packed_image_classifier_is_the_one_alone_to_four_digits(
+    options: list[Options], run_of: RunOf
+) -> None:
+    sections = {
+        "data": {"name": "digits", "samples": 100, "label_noise": 0.3},
+        "model": {"name": "mlp", "hidden": [8]},
+        "augmentation": {"crop": 1, "flip": True, "cutout": 2},
+        "train": {"epochs": 3, "batch": 16, "warmup_steps": 2, "label_smoothing": 0.1},
+    }
+    trials: list[Trial] = [
+        (images.Config.model_validate({"optimizer": table, "seed": seed, **sections}), seed)
+        for table in options
+        for seed in (0, 1)
+    ]
+    assert_as_alone(images, trials, run_of, 1e-4)
+
+
+def test_image_classifiers_that_run_alone() -> None:
+    def key(**sections: Any) -> object:
+        return images.pack_key(images.Config.model_validate({"model": {"name": "mlp"}, **sections}))
+
+    assert key() is not None
+    assert key() == key(seed=3, optimizer={"name": "sgd", "lr": 1.0, "momentum": 0.5})
+    assert key(model={"name": "conv"}) is None
+    for section in ({"sharpness_examples": 8}, {"accumulate": 2}, {"bf16": True}):
+        assert key(train=section) is None
+    assert key(optimizer={"name": "sam", "base": {"name": "sgd"}}) is None
+    others = [key(data={"noise_seed": 1}), key(augmentation={"crop": 1}), key(train={"label_smoothing": 0.1})]
+    assert len({key(), *others}) == 4
 
 
 def test_bowls_may_differ_in_condition_and_in_how_many_trials_they_have(run_of: RunOf) -> None:
