@@ -50,7 +50,7 @@ def train(config: Config, run: Run) -> None:
     points = dataset(config, run.seed, run.device)
     model = network(config, run.seed)
     optimizer = build_optimizer(config.optimizer, model, config.train.epochs * config.batches)
-    trainer = _Trainer(config, run, run.prepare(model), optimizer, points.train)
+    trainer = Trainer(config, run, run.prepare(model), optimizer, points.train)
     curves, last = Curves(), 0
     if (state := run.restore()) is not None:
         load_model(model, state["model"], f"checkpoint of step {state['step']}")
@@ -81,7 +81,7 @@ def train(config: Config, run: Run) -> None:
     run.figure("accuracy", curves.picture(f"{config.task.name}, {_name(config)}", config.train.target))
 
 
-class _Trainer:
+class Trainer:
     """Takes an epoch's steps.
 
     Attributes:
