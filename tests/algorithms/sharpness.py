@@ -61,6 +61,22 @@ def closure_of(optimizer: Optimizer, model: nn.Module, batch: Batch) -> Callable
     return closure
 
 
+def spoiled(
+    optimizer: Any, model: nn.Module, batch: Batch, spoil: Callable[[], None], call: int = 2
+) -> Callable[[], Any]:
+    """A closure that calls `spoil` at the end of its second (`call`-th) evaluation."""
+    evaluate, calls = closure_of(optimizer, model, batch), []
+
+    def closure() -> Any:
+        loss = evaluate()
+        calls.append(loss)
+        if len(calls) == call:
+            spoil()
+        return loss
+
+    return closure
+
+
 def train(model: nn.Module, optimizer: Optimizer, data: Iterable[Batch]) -> list[bool]:
     """Step through the data; whether each step had a second pass, for optimizers that count them."""
     chosen = []
