@@ -171,12 +171,12 @@ def parse_value(text: str) -> Any:
 
 
 def override(table: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy of `table` with dotted keys set.
+    """`table` with dotted keys set; the result shares with it what no key leads through.
 
     Raises:
         BadInput: A dotted key goes through something that is not a table.
     """
-    result = {k: dict(v) if isinstance(v, Mapping) else v for k, v in table.items()}
+    result = dict(table)
     for dotted, value in overrides.items():
         *path, leaf = dotted.split(".")
         node = result

@@ -297,6 +297,10 @@ class Sweep(Section):
             ]
         return tuple(points)
 
+    def has(self, values: Mapping[str, Any]) -> bool:
+        """Whether a point has an entry where the entry's condition is met, and nowhere else."""
+        return all((key in values) == entry.holds(values) for key, entry in self.entries.items())
+
     @property
     def cells(self) -> int | None:
         """How many cells there are to be; None where the searcher decides."""

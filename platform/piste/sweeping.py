@@ -148,8 +148,8 @@ def checked_section(name: str, config: Recipe) -> Sweep:
             for draw in range(max(DRAWS, len(independent.strata))):
                 point = suggest(independent, key, draw, [])
                 assert point is not None
-                if entry == "" or entry in point.values:
-                    chosen = {**point.values, **({} if value is None else {entry: value})}
+                chosen = {**point.values, **({} if value is None else {entry: value})}
+                if (entry == "" or entry in point.values) and section.has(chosen):
                     _check_point(config, override(base, chosen), name, chosen)
                     break
     return section

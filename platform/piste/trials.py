@@ -90,6 +90,7 @@ class Planner:
         self._repeats = section.repeats
         self._code_versions: dict[tuple[str, ...], str] = {}
         self._data: dict[str, str] = {}
+        self._provenance: dict[tuple[str, str], dict[str, str]] = {}  # one object for all that share it
 
     def trials(self, cell: int, suggestion: Suggestion) -> list[Trial]:
         """The trials of a cell, not yet run."""
@@ -139,7 +140,9 @@ class Planner:
             run
             | {
                 "config": resolved,
-                "provenance": {"code_version": code, "data_hash": data},
+                "provenance": self._provenance.setdefault(
+                    (code, data), {"code_version": code, "data_hash": data}
+                ),
                 "identity": identity,
                 "cell": cell,
                 "status": "planned",

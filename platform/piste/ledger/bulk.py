@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from sqlalchemy import JSON, Connection
@@ -21,17 +21,29 @@ def insert_many(connection: Connection, table: type[Base], rows: Sequence[Mappin
         return
     columns = [table.__table__.c[name] for name in rows[0]]
     quoted = ", ".join(connection.dialect.identifier_preparer.format_column(column) for column in columns)
-    holds_json = [isinstance(column.type, JSON) for column in columns]
-    encode = json.JSONEncoder(allow_nan=False).encode
-    values = (
-        tuple(encode(v) if js else v for v, js in zip(row.values(), holds_json, strict=True)) for row in rows
-    )
+    places = [place for place, column in enumerate(columns) if isinstance(column.type, JSON)]
+    values = _encoded(rows, places)
     if connection.dialect.name == "postgresql":
         _copy(connection, f"COPY {table.__tablename__} ({quoted}) FROM STDIN", values)
     else:
-        places = ", ".join("?" * len(columns))
-        statement = f"INSERT INTO {table.__tablename__} ({quoted}) VALUES ({places})"
+        marks = ", ".join("?" * len(columns))
+        statement = f"INSERT INTO {table.__tablename__} ({quoted}) VALUES ({marks})"
         connection.exec_driver_sql(statement, list(values))
+
+
+def _encoded(rows: Sequence[Mapping[str, Any]], json_places: Sequence[int]) -> Iterator[tuple[Any, ...]]:
+    """The values of each row, those at some places as JSON; what rows share is encoded once."""
+    encode = json.JSONEncoder(allow_nan=False).encode
+    known: dict[int, str] = {}  # by identity: the rows keep all of them alive
+    for row in rows:
+        values = list(row.values())
+        for place in json_places:
+            value = values[place]
+            text = known.get(id(value))
+            if text is None:
+                text = known[id(value)] = encode(value)
+            values[place] = text
+        yield tuple(values)
 
 
 def insert_absent(connection: Connection, metrics: Sequence[Mapping[str, Any]]) -> int:
