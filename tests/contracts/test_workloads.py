@@ -25,6 +25,8 @@ from piste.running import RunResult, difference, resolve
 from piste.workload import Run
 
 pytest_plugins = ["tests.platform.fixtures"]
+# Ray Train takes seconds to start: one of each kind in `make test`, all of them in `make test-slow`.
+QUICK_ON_RAY = {"images", "llm", "quadratic"}
 every_workload = pytest.mark.parametrize("name", list(catalog.members("workloads")))
 
 
@@ -110,7 +112,13 @@ def test_goes_on_bit_for_bit(
     assert_same_weights(whole.directory, resumed.directory)
 
 
-@every_workload
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in QUICK_ON_RAY else pytest.mark.slow)
+        for name in catalog.members("workloads")
+    ],
+)
 def test_computes_the_same_on_ray_train(name: str, small: Callable[[str], Recipe], local_ray: None) -> None:
     here = piste.run(small(name), local=True)
     there = piste.run(small(name))

@@ -78,6 +78,7 @@ def test_a_killed_trial_actor_is_replaced_and_the_trials_are_those_of_a_plain_lo
     assert len(pids) <= 3  # an actor is used again: eight trials and one kill need no more
 
 
+@pytest.mark.slow
 def test_a_trial_of_two_workers_is_pruned_and_gives_its_processors_back(
     no_view: None, local_ray: None, ray_head: Head, tmp_path: Path
 ) -> None:
