@@ -236,6 +236,8 @@ def test_inputs_are_normalised_by_the_training_images() -> None:
     images, _ = everything(found, "train")
     assert float(images.mean()) == pytest.approx(0.0, abs=1e-5)
     assert float(images.std()) == pytest.approx(1.0, rel=1e-4)
+    images, _ = everything(task(data={"name": "digits", "normalise": False}), "train")
+    assert (float(images.min()), float(images.max())) == (0.0, 1.0)
 
 
 def test_statistics_are_those_of_the_pixels() -> None:

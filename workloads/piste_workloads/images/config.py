@@ -65,6 +65,9 @@ class Data(Section):
     name: str = Field(default="photo_patches", description="a data set of `piste_workloads.data`")
     source: Source = Field(default="auto", description="auto: PISTE_DATA, else a package; never the network")
     root: Path | None = Field(default=None, description="a file or folder that holds it")
+    normalise: bool = Field(
+        default=True, description="mean 0 and deviation 1 of each channel; false: pixels from 0 to 1"
+    )
     skip_bad: bool = Field(default=False, description="leave out images that cannot be read")
     seed: int = Field(default=0, ge=0, description="of splits, of `samples` and of drawn patches")
     samples: int = Field(default=0, ge=0, description="training images to use, validation included; 0: all")

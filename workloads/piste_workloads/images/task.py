@@ -76,6 +76,8 @@ def noisy(labels: Tensor, fraction: float, classes: int, seed: int) -> Tensor:
 class Classification(Task):
     """Images with labels; inputs are normalised by the training images' mean and deviation of each channel.
 
+    Without `data.normalise` that mean is 0 and that deviation 1: pixels from 0, which is black, to 1.
+
     Args:
         config: The recipe.
         device: Where the images are to be.
@@ -98,7 +100,9 @@ class Classification(Task):
         self._parts = {name: (x.to(device), y.to(device)) for name, (x, y) in parts.items()}
         self._augmentation = config.augmentation
         self._label_smoothing = config.train.label_smoothing
-        mean, deviation = statistics(parts["train"][0])
+        mean, deviation = torch.zeros(self.shape[0]), torch.ones(self.shape[0])
+        if config.data.normalise:
+            mean, deviation = statistics(parts["train"][0])
         self.mean, self.deviation = mean.to(device), deviation.to(device)
         self.kept: Mapping[str, Any] = {
             "mean": mean,
