@@ -17,6 +17,7 @@ from piste.config import Recipe, read_toml, to_toml, validate
 from piste.errors import BadInput
 from piste.search import suggest, sweep_key
 from piste.space import Entry, Sweep
+from piste.sweeping import checked_section
 
 LR = {"optimizer.lr": {"log_uniform": [1e-3, 1.0]}}
 NAME = {"optimizer.name": {"choice": ["adamw", "sgd"]}}
@@ -232,6 +233,39 @@ def test_a_bisection_that_cannot_be_made(table: dict[str, Any], message: str) ->
 
 
 # -- cells and strata
+
+
+def test_a_point_has_an_entry_where_its_condition_is_met() -> None:
+    found = section(
+        {"a": {"grid": [1, 2]}, "b": {"grid": [3], "when": {"a": 2}}, "c": {"grid": [4], "when": {"b": 3}}},
+        searcher="grid",
+    )
+    assert all(found.has(stratum) for stratum in found.strata)
+    assert [dict(stratum) for stratum in found.strata] == [{"a": 1}, {"a": 2, "b": 3, "c": 4}]
+    for point in ({"a": 2}, {"a": 1, "b": 3}, {"a": 1, "b": 3, "c": 4}, {"a": 2, "b": 3}, {}):
+        assert not found.has(point)
+
+
+@pytest.mark.parametrize("searcher", ["grid", "random"])
+@pytest.mark.parametrize("names", [("sgd", "adamw"), ("adamw", "sgd")])
+def test_the_options_of_one_optimizer_are_not_tried_on_another(searcher: str, names: tuple[str, str]) -> None:
+    space: dict[str, Any] = {
+        "optimizer.name": {"grid": names},
+        "optimizer.lr": {"grid": [0.1, 0.2], "when": {"optimizer.name": "sgd"}},
+        "optimizer.momentum": {"grid": [0.9], "when": {"optimizer.name": "sgd"}},
+        "optimizer.betas": {"grid": [[0.9, 0.95]], "when": {"optimizer.name": "adamw"}},
+    }
+    trials = {} if searcher == "grid" else {"trials": 6}
+    sweep = {"metric": "train/loss", "searcher": searcher, "space": space} | trials
+    config = validate(Recipe, {"workload": "w", "optimizer": {"name": names[0]}, "sweep": sweep}, "r")
+    assert len(checked_section("r", config).strata) == 3
+    wrong = copy.deepcopy(space)
+    wrong["optimizer.betas"]["when"] = {"optimizer.name": "sgd"}
+    config = validate(
+        Recipe, {"workload": "w", "optimizer": {"name": names[0]}, "sweep": sweep | {"space": wrong}}, "r"
+    )
+    with pytest.raises(BadInput, match=r"sgd takes no 'betas'.*\(at optimizer.name = sgd"):
+        checked_section("r", config)
 
 
 def test_kinds_constants_seeds_and_cells() -> None:
