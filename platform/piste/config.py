@@ -181,7 +181,7 @@ def override(table: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str
         *path, leaf = dotted.split(".")
         node = result
         for part in path:
-            child = node.get(part, {})
+            child = {} if node.get(part) is None else node[part]
             if not isinstance(child, Mapping):
                 raise BadInput(f"--{dotted}: {part!r} is a value, not a section")
             node[part] = dict(child)

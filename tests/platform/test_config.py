@@ -86,6 +86,12 @@ def test_overrides_set_dotted_keys_in_a_copy() -> None:
     assert table == {"model": {"layers": 2, "kind": "plain"}, "seed": 1}
 
 
+def test_an_override_makes_the_section_that_a_recipe_leaves_out() -> None:
+    assert override({"optimizer": {"name": "sam", "base": None}}, {"optimizer.base.lr": 0.1}) == {
+        "optimizer": {"name": "sam", "base": {"lr": 0.1}}
+    }
+
+
 @pytest.mark.parametrize("dotted", ["seed.x", "model.layers.deep"])
 def test_an_override_through_a_value_is_an_error(dotted: str) -> None:
     with pytest.raises(BadInput, match=rf"^--{dotted}: '(seed|layers)' is a value, not a section$"):
