@@ -16,8 +16,8 @@ OPENFIELD = Path("pose/openfield_116x120x160.npz")
 class Model(Section):
     """`[model]`: an encoder that halves the picture, and a decoder that doubles it again."""
 
-    width: int = Field(default=16, ge=1, description="channels at half the input's size; each level doubles")
-    levels: int = Field(default=3, ge=1, description="halvings of the encoder after the first")
+    width: int = Field(default=16, ge=1, description="channels at a quarter of the input; levels double")
+    levels: int = Field(default=2, ge=1, description="halvings of the encoder after the first two")
 
 
 class Data(Section):

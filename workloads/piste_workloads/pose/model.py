@@ -1,7 +1,7 @@
 """The network: an encoder that halves a picture, a decoder that doubles it again, a heat map a keypoint.
 
-The encoder's level `l` has `width 2^l` channels at `2^-(l+1)` of the input's size; the decoder takes the maps
-of each level along on its way back, to half the input's size (Ronneberger, Fischer and Brox, "U-Net",
+The encoder's level `l` has `width 2^l` channels at `2^-(l+2)` of the input's size; the decoder takes the maps
+of each level along on its way back, to a quarter of the input's size (Ronneberger, Fischer and Brox, "U-Net",
 arXiv:1505.04597, with batch norms and one convolution a level on the way back). First weights are
 N(0, 2 / fan_out) (He et al., arXiv:1502.01852, equation 14), those of the head N(0, 0.001^2): the first maps
 are nearly zero, as most of what is taught is.
@@ -18,7 +18,7 @@ from torch.nn.functional import interpolate
 
 from piste_workloads.pose.config import Model
 
-STRIDE = 2  # pixels of the input to a pixel of a heat map
+STRIDE = 4  # pixels of the input to a pixel of a heat map
 
 
 class HeatMaps(nn.Module):
@@ -33,7 +33,9 @@ class HeatMaps(nn.Module):
     def __init__(self, config: Model, keypoints: int, generator: torch.Generator) -> None:
         super().__init__()
         widths = [config.width * 2**level for level in range(config.levels + 1)]
-        self.stem = _convolution(3, widths[0], stride=2)
+        self.stem = nn.Sequential(
+            _convolution(3, widths[0], stride=2), _convolution(widths[0], widths[0], stride=2)
+        )
         self.encoder = nn.ModuleList(
             nn.Sequential(_convolution(before, width, stride=2), _convolution(width, width))
             for before, width in pairwise(widths)
@@ -50,13 +52,13 @@ class HeatMaps(nn.Module):
         nn.init.constant_(self.head.bias, 0.0)  # type: ignore[arg-type]
 
     def forward(self, pictures: Tensor) -> Tensor:
-        """Pictures of values from 0 to 255 to maps of half their size.
+        """Pictures of values from 0 to 255 to maps of a quarter of their size.
 
         Args:
             pictures: `(batch, 3, height, width)`.
 
         Returns:
-            `(batch, keypoints, ceil(height / 2), ceil(width / 2))`.
+            `(batch, keypoints, ceil(height / 4), ceil(width / 4))`.
         """
         x = self.stem((pictures - 127.5) / 64.0)
         levels: list[Tensor] = []

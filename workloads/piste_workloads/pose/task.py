@@ -1,8 +1,8 @@
 """Keypoint regression as a task: pictures, the heat maps that they are to give, what is scored.
 
 The targets of an example are one tensor `(keypoints + 1, 3)`: x, y and visibility of each keypoint in pixels
-of the network's input, and in the last row what its scores are measured with: pixels of the image that was read
-to one of the input along x and y, and the length of PCK.
+of the network's input, and in the last row what its scores are measured with: pixels of the image that was
+read to one of the input along x and y, and the length of PCK.
 """
 
 from __future__ import annotations

@@ -18,8 +18,7 @@ from piste_workloads.pose.heatmaps import decode
 from piste_workloads.pose.model import STRIDE, HeatMaps
 from piste_workloads.pose.pictures import overlay
 from piste_workloads.pose.task import KeypointTask, unpack
-from piste_workloads.supervised import fit
-from piste_workloads.supervised.loop import check
+from piste_workloads.supervised import check, fit
 
 SHOWN = 6  # examples in the picture
 
@@ -35,7 +34,7 @@ def prepare_data(config: Config) -> str:
             read; there are too few.
     """
     task = KeypointTask(config, torch.device("cpu"))
-    check(config, task)
+    check(config, task.sizes)
     return task.opened.sha256
 
 
