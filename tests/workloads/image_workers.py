@@ -60,6 +60,9 @@ class Worker:
     def figure(self, *_: object) -> None:
         """Pictures are not kept."""
 
+    def table(self, *_: object) -> None:
+        """Tables neither."""
+
 
 def work(rank: int, folder: Path) -> None:
     """Train, and save what the test compares."""

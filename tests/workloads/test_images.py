@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -119,6 +120,12 @@ def test_what_a_run_leaves_behind(run_of: RunOf) -> None:
     assert [value for _, value in run.history("time/cpu_s")] == pytest.approx(np.cumsum(seconds).tolist())
     names = {artifact.name for artifact in run.ledger.artifacts("run") if artifact.kind == "figure"}
     assert names == {"accuracy-gradient-evaluations.png", "accuracy-seconds.png"}
+    table = json.loads((run.directory / "artifacts" / "data.json").read_text())
+    rows = [dict(zip(table["columns"], row, strict=True)) for row in table["data"]]
+    assert [(row["split"], row["source"], row["n"]) for row in rows] == [
+        ("train", "scikit-learn", 1000),
+        ("test", "scikit-learn", 797),
+    ]
 
 
 WRAPPED = ("sam", "looksam", "aesam", "arsam")

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from piste.errors import BadInput
-from piste_workloads.data import Dataset, hold_out, load, some
+from piste_workloads.data import Dataset, Meta, hold_out, load, some
 from piste_workloads.images.augmentation import augment, draw
 from piste_workloads.images.config import Data, ImageRecipe
 from piste_workloads.supervised import Task, check
@@ -19,8 +19,20 @@ from piste_workloads.supervised import Task, check
 Part = tuple[Tensor, Tensor]  # images (n, channels, height, width) uint8, labels (n,) int64
 
 
-def open_data(section: Data) -> tuple[dict[str, Part], Dataset]:
-    """The parts `train`, `valid` (where there is one) and `test`, and the training part's origin.
+class Images(NamedTuple):
+    """The images of a recipe.
+
+    Attributes:
+        parts: `train`, `test`, and `valid` where a part is held out.
+        origins: Where `train`, with `valid`, and `test` come from.
+    """
+
+    parts: dict[str, Part]
+    origins: dict[str, Meta]
+
+
+def open_images(section: Data) -> Images:
+    """Loads the images of a recipe, splits them, and draws the noise of their labels.
 
     Raises:
         BadInput: As `piste_workloads.data.load`; there are fewer training images than `samples`; a part is
@@ -38,26 +50,25 @@ def open_data(section: Data) -> tuple[dict[str, Part], Dataset]:
         group = None if whole.group is None else whole.group[chosen]
         used = Dataset(whole.x[chosen], whole.y[chosen], whole.meta, group)
     kept, held_out = hold_out(used, section.validation_fraction, section.seed)
-    classes = len(whole.meta.classes)
-    labels = noisy(used.y[kept], section.label_noise, classes, section.noise_seed)
+    labels = noisy(used.y[kept], section.label_noise, len(whole.meta.classes), section.noise_seed)
     parts = {"train": (used.x[kept], labels), "test": (test.x, test.y)}
     if section.validation_fraction > 0.0:
         parts["valid"] = (used.x[held_out], used.y[held_out])
     for name, (images, _) in parts.items():
         if len(images) == 0:
             raise BadInput(f"data: the {name} part is empty: use more images or another validation_fraction")
-    return parts, whole
+    return Images(parts, {"train": whole.meta, "test": test.meta})
 
 
 def data_hash(config: ImageRecipe) -> str:
     """The hash of all images and labels that a recipe uses; makes the cache where there is one.
 
     Raises:
-        BadInput: As `open_data`; they are too few for the recipe's batch or workers.
+        BadInput: As `open_images`; they are too few for the recipe's batch or workers.
     """
-    parts, whole = open_data(config.data)
+    parts, origins = open_images(config.data)
     check(config, {name: len(labels) for name, (_, labels) in parts.items()})
-    digest = hashlib.sha256(whole.meta.sha256.encode())
+    digest = hashlib.sha256(origins["train"].sha256.encode())
     for name in sorted(parts):
         for tensor in parts[name]:
             digest.update(tensor.numpy().tobytes())
@@ -85,16 +96,16 @@ class Classification(Task):
     Attributes:
         shape: Channels, height and width of an image.
         classes: The names of the labels.
+        origins: Where `train`, with `valid`, and `test` come from.
 
     Raises:
-        BadInput: As `open_data`.
+        BadInput: As `open_images`.
     """
 
     def __init__(self, config: ImageRecipe, device: torch.device) -> None:
-        parts, whole = open_data(config.data)
-        self.origin = whole.meta
-        self.classes = whole.meta.classes
-        channels, height, width = whole.x.shape[1:]
+        parts, self.origins = open_images(config.data)
+        self.classes = self.origins["train"].classes
+        channels, height, width = parts["train"][0].shape[1:]
         self.shape = (int(channels), int(height), int(width))
         self.sizes: Mapping[str, int] = {name: len(labels) for name, (_, labels) in parts.items()}
         self._parts = {name: (x.to(device), y.to(device)) for name, (x, y) in parts.items()}
@@ -123,6 +134,14 @@ class Classification(Task):
         _, height, width = self.shape
         draws = draw(self._augmentation, len(indices), height, width, generator)
         return augment(images, self._augmentation, draws.of(mine.to(images.device))), labels
+
+    def table(self) -> list[dict[str, Any]]:
+        """Where the images come from, a row a split, and what was left out of them."""
+        told = ("name", "source", "version", "licence", "real", "note", "n", "sha256")
+        return [
+            {"split": split, **{key: getattr(meta, key) for key in told}, "skipped": "; ".join(meta.skipped)}
+            for split, meta in self.origins.items()
+        ]
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """The mean cross-entropy in nats, with the recipe's label smoothing."""

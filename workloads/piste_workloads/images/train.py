@@ -27,11 +27,14 @@ def prepare_data(config: Config) -> str:
 def train(config: Config, run: Run) -> None:
     """Trains a network from its start; leaves behind what `piste_workloads.supervised.fit` does.
 
+    Its table `data` says where the images come from, and what was left out of them.
+
     Raises:
         BadInput: As `prepare_data` and `fit`.
         PisteError: As `fit`.
     """
     task = Classification(config, run.device)
+    run.table("data", task.table())
     fit(config, run, network_of(config, task, run.seed), task)
 
 
