@@ -301,7 +301,12 @@ def test_every_layout_gives_the_same_pictures(
     assert_holds(load("cifar10"), pictures, "train", "test")
     # The folder itself, and the file itself.
     inside = root / "cifar10"
-    for place in (inside, *inside.glob("*.tar.*"), *inside.glob("*.npz")):
+    for place in (
+        inside,
+        *inside.glob("*.tar.*"),
+        *inside.glob("*.npz"),
+        *inside.glob("cifar-10-batches-py"),
+    ):
         monkeypatch.delenv("PISTE_DATA", raising=False)
         assert_holds(load("cifar10", root=place, split="test"), pictures, "test")
     meta = load("cifar10", root=root).meta
@@ -320,8 +325,11 @@ def test_a_hundred_classes(tmp_path: Path) -> None:
         batch = {b"data": data, b"fine_labels": labels, b"coarse_labels": [0] * 100}
         files[f"cifar-100-python/{split}"] = pickled(batch)
     files["cifar-100-python/meta"] = pickled({b"fine_label_names": [b"n%d" % n for n in range(100)]})
-    place = tar(tmp_path / "cifar-100-python.tar.gz", files, "w:gz")
-    part = load("cifar100", root=place, split="test")
+    archive = tar(tmp_path / "cifar-100-python.tar.gz", files, "w:gz")
+    folder = unpacked(tmp_path / "unpacked", files)
+    for place in (archive, tmp_path, folder, folder / "cifar-100-python"):
+        part = load("cifar100", root=place, split="test")
+        assert part.y.tolist() == labels
     assert part.y.tolist() == labels
     assert np.array_equal(part.x.numpy().reshape(100, 3072), data)
     assert part.meta.classes[7] == "n7"

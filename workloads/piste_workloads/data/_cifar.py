@@ -19,8 +19,9 @@ def from_files(name: str, layout: Layout, place: Path, split: str | None, skip_b
     Raises:
         BadInput: As `read_collection`.
     """
-    # A folder of class folders is found by its folder `train`.
-    collection = read_collection(place.parent if place.name == "train" else place, layout, skip_bad)
+    # A folder of batches or class folders is found by what is in it.
+    inside = place.name in {"data_batch_1", "train"}
+    collection = read_collection(place.parent if inside else place, layout, skip_bad)
     parts = [collection.parts[each] for each in (SPLITS if split is None else (split,))]
     meta = Meta(
         name=name,
