@@ -16,7 +16,8 @@ from piste.errors import BadInput
 from piste_workloads.data import load
 from piste_workloads.grokking.config import Config, Digits, Modular, Parity
 from piste_workloads.grokking.networks import Block, network
-from piste_workloads.grokking.tasks import Dataset, correct, dataset, loss
+from piste_workloads.grokking.points import Dataset
+from piste_workloads.grokking.tasks import correct, dataset, loss
 
 CPU = torch.device("cpu")
 

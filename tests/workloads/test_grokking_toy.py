@@ -15,7 +15,8 @@ from tests.workloads.local_runs import RunOf
 from piste_workloads import grokking
 from piste_workloads.grokking.config import Config, Toy
 from piste_workloads.grokking.networks import network
-from piste_workloads.grokking.tasks import dataset, seeded
+from piste_workloads.grokking.points import seeded
+from piste_workloads.grokking.tasks import dataset
 from piste_workloads.grokking.toy import (
     accuracy_of,
     least_squares,

@@ -184,8 +184,8 @@ class TestPacked:
     }
 
     @staticmethod
-    def trials(tables: dict[str, Any], options: list[dict[str, Any]]) -> list[Trial]:
-        train = {"batch": 12, "epochs": 6, "evaluate_every": 2, "test_every": 4, "dtype": "float64"}
+    def trials(tables: dict[str, Any], options: list[dict[str, Any]], **train: Any) -> list[Trial]:
+        train |= {"batch": 12, "epochs": 6, "evaluate_every": 2, "test_every": 4, "dtype": "float64"}
         return [
             (Config.model_validate({**tables, "optimizer": each, "seed": seed, "train": train}), seed)
             for each in options
@@ -196,6 +196,11 @@ class TestPacked:
     @pytest.mark.parametrize("optimizer", ["sgd", "momentum", "adamw"])
     def test_a_packed_trial_is_the_one_alone(self, task: str, optimizer: str, run_of: RunOf) -> None:
         trials = self.trials(self.TASKS[task], OPTIMIZERS[optimizer])
+        assert_as_alone(grokking, trials, run_of, 1e-10)
+
+    def test_the_learning_rates_schedule_too(self, run_of: RunOf) -> None:
+        schedule = {"schedule": "cosine", "warmup_steps": 4}
+        trials = self.trials(self.TASKS["addition"], OPTIMIZERS["momentum"], **schedule)
         assert_as_alone(grokking, trials, run_of, 1e-10)
 
     def test_digits_too(self, run_of: RunOf) -> None:
@@ -211,8 +216,6 @@ class TestPacked:
             (EGD, {}),
             ({"name": "muon"}, {}),
             (SGD, {"train": {"epochs_after_target": 0}}),
-            (SGD, {"train": {"warmup_steps": 3}}),
-            (SGD, {"train": {"schedule": "cosine"}}),
             (SGD, {"model": {"name": "transformer"}}),
         ],
     )

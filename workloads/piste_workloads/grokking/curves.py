@@ -76,7 +76,7 @@ class Curves:
         if (epoch := self.reached(target)) is not None:
             axis.axvline(epoch, color="tab:blue", linewidth=0.6, linestyle=":")
         axis.set(xlabel="epoch", ylabel="accuracy", ylim=(-0.02, 1.02), title=title)
-        axis.legend(frameon=False, loc="center left")
+        figure.legend(frameon=False, loc="outside lower center", ncols=2)
         return figure
 
 

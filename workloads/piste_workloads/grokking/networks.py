@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from piste_workloads.grokking.config import Config, Deep, Modular, Toy, Transformer, TwoLayer
-from piste_workloads.grokking.tasks import seeded
+from piste_workloads.grokking.points import seeded
 from piste_workloads.grokking.toy import equalizer, training_points
 
 TOKENS = 4  # a, the operation, b, =

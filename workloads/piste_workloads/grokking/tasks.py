@@ -5,30 +5,14 @@ Everything is drawn from the run's seed: the split, the secret bits' values, the
 
 from __future__ import annotations
 
-import hashlib
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from piste_workloads.data import load
 from piste_workloads.grokking.config import Config, Digits, Modular, Parity, Toy
-from piste_workloads.grokking.toy import Points, equalizer, training_points, unseen_points
-
-
-class Dataset(NamedTuple):
-    """Three disjoint sets of points."""
-
-    train: Points
-    validation: Points
-    test: Points
-
-
-def seeded(seed: int, purpose: str) -> torch.Generator:
-    """A generator for one purpose of a run, independent of those for others."""
-    digest = hashlib.sha256(f"{seed}:{purpose}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8]) >> 1)
+from piste_workloads.grokking.points import Dataset, Points, seeded
+from piste_workloads.grokking.toy import equalizer, training_points, unseen_points
 
 
 def dataset(config: Config, seed: int, device: torch.device) -> Dataset:

@@ -32,19 +32,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from piste_workloads.grokking.config import Toy
-
-
-class Points(NamedTuple):
-    """Inputs `(points, inputs)` (tokens: `(points, tokens)`) and targets `(points,)`."""
-
-    inputs: Tensor
-    targets: Tensor
+from piste_workloads.grokking.points import Points
 
 
 def moments(margin: float) -> tuple[float, float]:

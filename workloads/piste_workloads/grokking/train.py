@@ -18,8 +18,8 @@ from piste_workloads.data import load
 from piste_workloads.grokking.config import Config, Digits, Transformer
 from piste_workloads.grokking.curves import Curves
 from piste_workloads.grokking.networks import network
-from piste_workloads.grokking.tasks import correct, dataset, loss, seeded
-from piste_workloads.grokking.toy import Points
+from piste_workloads.grokking.points import Points, seeded
+from piste_workloads.grokking.tasks import correct, dataset, loss
 from piste_workloads.hardware import now
 from piste_workloads.schedule import lr_factor
 
@@ -94,9 +94,8 @@ class Trainer:
         self.seconds = 0.0
         self._config, self._run, self._model = config, run, model
         self._optimizer, self._points = optimizer, points
-        self._lrs = [
-            group["lr"] for group in optimizer.param_groups
-        ]  # the recipe's; a warm-up multiplies them
+        # The recipe's learning rate of each group; the schedule multiplies it.
+        self._lrs = [group.get("lr") for group in optimizer.param_groups]
 
     def epoch(self, number: int) -> tuple[float, float, float]:
         """One epoch, counted from 1: mean loss and share of right answers before each step, and seconds."""
@@ -116,7 +115,8 @@ class Trainer:
     def _step(self, number: int, batch: Tensor) -> tuple[Tensor, Tensor]:
         factor = lr_factor(self._config.train, number, self._config.train.epochs * self._config.batches)
         for group, lr in zip(self._optimizer.param_groups, self._lrs, strict=True):
-            group["lr"] = factor * lr
+            if lr is not None:
+                group["lr"] = factor * lr
         mine = self._run.shard(batch.to(self._run.device))  # type: ignore[type-var]
         inputs, targets = self._points.inputs[mine], self._points.targets[mine]
         rights: list[Tensor] = []
@@ -161,12 +161,11 @@ def _name(config: Config) -> str:
 def pack_key(config: Config) -> Hashable | None:
     """Trials of equal `[task]`, `[model]` and `[train]` are packed, with optimizers that can be stacked.
 
-    Not those that end early, whose learning rate changes, or that are transformers.
+    Not those that end early, and no transformers.
     """
-    constant = config.train.schedule == "constant" and not config.train.warmup_steps
-    alike = constant and config.train.epochs_after_target is None
-    optimizer = single_optimizer(config.optimizer)
-    if not alike or optimizer is None or isinstance(config.model, Transformer):
+    alike = config.train.epochs_after_target is None and not isinstance(config.model, Transformer)
+    optimizer = single_optimizer(config.optimizer) if alike else None
+    if optimizer is None:
         return None
     rule = stack_key(optimizer, config.optimizer.options)
     return None if rule is None else (rule, config.task, config.model, config.train)
@@ -211,10 +210,11 @@ def train_many(configs: Sequence[Config], runs: PackedRuns) -> None:
     for epoch in range(1, config.train.epochs + 1):
         orders = torch.stack([order_of(config, seed, epoch) for seed in seeds], 1).to(device)
         total, rights = torch.zeros(2, len(runs), dtype=torch.float64, device=device)
-        for batch in orders:  # (seeds, batch)
+        for step, batch in enumerate(orders, start=(epoch - 1) * config.batches + 1):  # (seeds, batch)
             gradients, (losses, right) = step_of(
                 parameters, inputs[trials, batch][start], targets[trials, batch][start]
             )
+            optimizer.scale_lr(lr_factor(config.train, step, config.train.epochs * config.batches))
             optimizer.step(gradients)
             total += losses
             rights += right
