@@ -69,6 +69,19 @@ def test_equals_the_papers_pseudocode(bits: int, signed: bool) -> None:
         torch.testing.assert_close(mine, paper, rtol=1e-12, atol=1e-12)
 
 
+def test_bfloat16_values_are_rounded_as_exactly_as_others() -> None:
+    v = values().detach().bfloat16().requires_grad_()
+    s = torch.tensor(0.011, requires_grad=True)
+    weights = torch.randn(v.shape, generator=torch.Generator().manual_seed(1)).bfloat16()
+    half, whole = (quantize(x, s, torch.tensor(0.0), 128, 127, 0.1) for x in (v, v.float()))
+    assert half.dtype == torch.bfloat16
+    assert torch.equal(half, whole.bfloat16())
+    by_half = torch.autograd.grad((half * weights).sum(), (v, s))
+    by_whole = torch.autograd.grad((whole * weights.float()).sum(), (v, s))
+    assert torch.equal(by_half[0], by_whole[0])
+    torch.testing.assert_close(by_half[1], by_whole[1])
+
+
 @every_width
 def test_equals_torchs_kernel(bits: int, signed: bool) -> None:
     s = torch.tensor(0.3, requires_grad=True)

@@ -127,6 +127,11 @@ def test_steps_that_the_ascent_drives_below_zero_make_no_nan(
     assert all(tensor.isfinite().all() for tensor in load(newest(run))["model"].values())
 
 
+def test_learns_in_bfloat16(run_of: RunOf, config_of: ConfigOf) -> None:
+    run = run_of(quantization, config_of({"train.bf16": True, "train.epochs": 8}))
+    assert run.history("test/accuracy")[-1][1] > 0.6
+
+
 def test_the_smallest_step_is_a_thousandth_of_the_first(config_of: ConfigOf) -> None:
     config = config_of()
     model = network_of(config, Classification(config, torch.device("cpu")), seed=0)

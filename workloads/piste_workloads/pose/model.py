@@ -72,11 +72,6 @@ class HeatMaps(nn.Module):
         return maps
 
 
-def map_size(size: tuple[int, int]) -> tuple[int, int]:
-    """Height and width of the maps of pictures of a size."""
-    return -(-size[0] // STRIDE), -(-size[1] // STRIDE)
-
-
 def _convolution(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
     """A convolution of 3 x 3, a batch norm and a ReLU."""
     return nn.Sequential(

@@ -64,13 +64,13 @@ class _Quantize(torch.autograd.Function):
         ctx: Any, values: Tensor, step: Tensor, smallest: Tensor, lower: float, upper: float, scale: float
     ) -> Tensor:
         step = torch.maximum(step, smallest)
-        ratio = values / step
+        ratio = values.to(step.dtype) / step  # bfloat16 could not tell 8 bits apart
         # v_bar = round(clip(v / s, -Q_N, Q_P))
         integers = ratio.clamp(lower, upper).round_()
         ctx.save_for_backward(ratio, integers)
         ctx.lower, ctx.upper, ctx.scale = lower, upper, scale
         # v_hat = v_bar s
-        return integers * step
+        return (integers * step).to(values.dtype)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -79,7 +79,7 @@ class _Quantize(torch.autograd.Function):
         inside = (ratio > ctx.lower) & (ratio < ctx.upper)
         # dv_hat/ds = round(v/s) - v/s inside, the nearest end outside
         slope = torch.where(inside, integers - ratio, integers)
-        step_gradient = ctx.scale * (gradient * slope).sum()
+        step_gradient = ctx.scale * (gradient.to(slope.dtype) * slope).sum()
         # dv_hat/dv = 1 inside, 0 outside
         return gradient * inside, step_gradient, None, None, None, None
 
@@ -91,7 +91,7 @@ def quantize(
 
     Args:
         values: What is rounded, of any shape.
-        step: The step, a scalar tensor.
+        step: The step, a scalar tensor; what is divided by it is so in its dtype.
         smallest: What a smaller step counts as, a scalar tensor.
         q_n: The integers begin at `-q_n`.
         q_p: And end at `q_p`.
