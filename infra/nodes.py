@@ -56,8 +56,7 @@ def shared(layout: Layout, host: str) -> dict[str, str]:
 def of_node(layout: Layout, host: str, outside: Mapping[str, str]) -> dict[str, str]:
     """The environment of a host's services: settings of Ray in `outside` win over those shipped here."""
     theirs = {key: value for key, value in outside.items() if key in KEPT or _is_ray_setting(key)}
-    path = f"{Path(sys.executable).parent}:{theirs.get('PATH', os.defpath)}"
-    return SETTINGS | theirs | {"PATH": path} | shared(layout, host)
+    return SETTINGS | theirs | _path(outside) | shared(layout, host)
 
 
 def of_command(layout: Layout, host: str, outside: Mapping[str, str]) -> dict[str, str]:
@@ -68,7 +67,12 @@ def of_command(layout: Layout, host: str, outside: Mapping[str, str]) -> dict[st
     told = {"RAY_API_SERVER_ADDRESS": f"http://{layout.at(HEAD, 'dashboard')}", "no_proxy": "*"}
     if host in RAY_HOSTS:
         told["RAY_ADDRESS"] = gcs(layout)
-    return theirs | told | shared(layout, host)
+    return theirs | _path(outside) | told | shared(layout, host)
+
+
+def _path(outside: Mapping[str, str]) -> dict[str, str]:
+    """PATH with this interpreter's commands in front, whether its environment is activated or not."""
+    return {"PATH": f"{Path(sys.executable).parent}:{outside.get('PATH', os.defpath)}"}
 
 
 def _is_ray_setting(key: str) -> bool:

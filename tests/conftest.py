@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
+
+# Ray reads it when it is imported, and a test may import it before piste does: the nodes that a test starts
+# and the drivers that connect to them must be of one mode.
+os.environ.setdefault("RAY_AUTH_MODE", "token")
 
 settings.register_profile("ci", derandomize=True, deadline=None)
 settings.load_profile("ci")

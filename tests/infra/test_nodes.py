@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import pytest
 from infra import cluster, nodes, services
 from infra.errors import BadCommand
@@ -57,6 +60,9 @@ def test_a_command_keeps_its_own_environment_but_not_its_cluster() -> None:
     told = nodes.of_command(layout(), "client", OUTSIDE)
     assert told["AWS_SECRET_ACCESS_KEY"] == OUTSIDE["AWS_SECRET_ACCESS_KEY"]
     assert told["RAY_API_SERVER_ADDRESS"] == "http://head:8265"
+    assert (
+        told["PATH"] == f"{Path(sys.executable).parent}:/usr/bin"
+    )  # piste and ray, also where not activated
     assert told["PISTE_LEDGER"].endswith("store:5432/ledger")
     assert not {"https_proxy", "RAY_ADDRESS"} & told.keys()
     assert nodes.of_command(layout(), HEAD, OUTSIDE)["RAY_ADDRESS"] == "198.18.1.11:6379"
