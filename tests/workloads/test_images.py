@@ -15,12 +15,15 @@ from PIL import Image
 from tests.workloads.local_runs import LocalRun, RunOf
 from torch import Tensor, nn
 
+from piste.catalog import members
 from piste.checkpoints import CheckpointError, load
 from piste.config import override, validate
 from piste.errors import BadInput, PisteError
+from piste.running import load_recipe
 from piste_workloads import images
 from piste_workloads.images.augmentation import augment, draw
 from piste_workloads.images.config import Config
+from piste_workloads.images.networks import build_network
 from piste_workloads.images.task import Classification
 from piste_workloads.images.train import network_of
 from piste_workloads.schedule import lr_factor
@@ -436,3 +439,32 @@ def test_the_length_of_a_run_is_known_without_its_images(name: str, data: dict[s
     config = config_of({"data": {"name": name, **data}})
     assert config.examples == Classification(config, CPU).sizes["train"]
     assert config.total_steps == 3 * (config.examples // 24)
+
+
+def test_the_demo_recipes_differ_in_their_optimizer_alone() -> None:
+    recipes = {name: load_recipe(f"images-{name}") for name in ("sgd", "sam", "arsam")}
+    assert [recipe.optimizer.chain[-1] for recipe in recipes.values()] == 3 * [recipes["sgd"].optimizer]
+    assert [recipe.optimizer.name for recipe in recipes.values()] == ["sgd", "sam", "arsam"]
+    tables = [recipe.model_dump(exclude={"optimizer", "sweep"}) for recipe in recipes.values()]
+    assert tables[0] == tables[1] == tables[2]
+
+
+def test_the_label_noise_bench_is_the_specified_one() -> None:
+    recipe = load_recipe("digits-noise")
+    assert isinstance(recipe, Config)
+    task = Classification(recipe, CPU)
+    assert task.sizes == {"train": 1000, "test": 797}
+    shapes = [tuple(p.shape) for p in network_of(recipe, task, 0).parameters() if p.ndim == 2]
+    assert shapes == [(256, 64), (256, 256), (10, 256)]
+    assert (recipe.total_steps, recipe.data.label_noise) == (60 * 15, 0.4)
+
+
+def test_the_recipe_for_gpus_is_valid_and_of_the_size_it_states() -> None:
+    recipe = load_recipe("cifar10-arsam-gpu")
+    assert isinstance(recipe, Config)
+    assert "never run by its authors" in members("recipes")["cifar10-arsam-gpu"].summary
+    assert recipe.total_steps == 200 * 390
+    assert recipe.optimizer.options["warmup_steps"] == 3 * 390
+    with torch.device("meta"):
+        model = build_network(recipe.model, 3, 32, 10, torch.Generator("cpu"))
+    assert sum(p.numel() for p in model.parameters()) == pytest.approx(36.5e6, rel=1e-3)

@@ -24,7 +24,6 @@ headline = (
     "valid/accuracy",
     "train/loss",
     "cost/gradient_evaluations",
-    "sharpness/top_eigenvalue",
     "time/epoch_cpu_s",
 )
 
