@@ -18,7 +18,7 @@ from piste_workloads.grokking.train import order_of
 
 
 def epoch_costs(recipes: list[str], pairs: int, seed: int = 0) -> list[float]:
-    """Seconds of the first recipe's epoch over those of the second's, one a pair.
+    """Processor time of the first recipe's epoch over that of the second's, one a pair.
 
     An epoch is its steps, without evaluation. They are taken in turns on one thread, after one of each.
     """
@@ -48,8 +48,8 @@ class _Epochs:
         self._points = dataset(config, seed, torch.device("cpu")).train
 
     def take(self, number: int) -> float:
-        """Takes an epoch's steps; returns the seconds."""
-        began = time.perf_counter()
+        """Takes an epoch's steps; returns the seconds of processor time."""
+        began = time.process_time()
         for batch in order_of(self._config, self._seed, number):
             inputs, targets = self._points.inputs[batch], self._points.targets[batch]
 
@@ -60,7 +60,7 @@ class _Epochs:
                 return value.detach()
 
             self._optimizer.step(closure)  # type: ignore[arg-type]
-        return time.perf_counter() - began
+        return time.process_time() - began
 
 
 def steps_to_forget(
