@@ -13,7 +13,7 @@ import torch
 from pytorch_optimizer.optimizer.grokfast import gradfilter_ema
 from torch import Tensor, nn
 
-from piste_algorithms.optimizers import EGD, GrokfastEMA
+from piste_algorithms.optimizers import EGD, SAM, GrokfastEMA
 
 
 @pytest.fixture(autouse=True)
@@ -436,3 +436,10 @@ def test_a_base_without_matrices_or_names_is_refused() -> None:
         EGD(torch.optim.SGD(Net().parameters(), lr=0.1), select="hidden")
     with pytest.raises(ValueError, match="base must be a built torch optimizer"):
         EGD(list(Net().parameters()))  # type: ignore[arg-type]
+
+
+def test_a_base_that_calls_a_closure_itself_is_refused() -> None:
+    matrix = nn.Parameter(torch.ones(2, 3))
+    for base in (SAM(torch.optim.SGD([matrix], lr=0.1)), torch.optim.LBFGS([matrix])):
+        with pytest.raises(ValueError, match=f"without a closure, but {type(base).__name__} needs one"):
+            EGD(base)

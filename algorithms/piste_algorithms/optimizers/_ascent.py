@@ -137,8 +137,6 @@ class SharpnessAware(Wrapper):
 
     def __init__(self, base: Optimizer, rho: float, adaptive: bool, model: nn.Module | None) -> None:
         check_range("rho", rho, low=0.0, low_open=True)
-        if getattr(base, "needs_closure", False) or isinstance(base, torch.optim.LBFGS):
-            raise ValueError(f"base must step without a closure, but {type(base).__name__} needs one")
         super().__init__(base)
         self.rho = rho
         self.adaptive = adaptive
@@ -202,7 +200,9 @@ class SharpnessAware(Wrapper):
         self, closure: Callable[[], Any], parameters: list[Tensor], norms: list[float], norm: float
     ) -> None:
         """Leave `g_s` in the gradients, or `g` where `g_s` is not finite; the weights are as before."""
-        gradients = [gradient.clone() for gradient in present_gradients(parameters)]  # a closure may reuse them
+        gradients = [
+            gradient.clone() for gradient in present_gradients(parameters)
+        ]  # a closure may reuse them
         weights = [parameter.clone() for parameter in parameters]
         try:
             ascend_(parameters, gradients, norm, self.rho, self.adaptive)

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any, ClassVar
 
 from torch import Tensor
+from torch.optim import LBFGS
 from torch.optim.optimizer import Optimizer, StateDict
 
 from piste_algorithms.optimizers._adamw import gradients_of
@@ -28,7 +29,7 @@ class Wrapper(Optimizer):
         base: a built optimizer.
 
     Raises:
-        ValueError: if `base` is no optimizer.
+        ValueError: if `base` is no optimizer, or one that calls a closure itself.
     """
 
     memory: ClassVar[tuple[str, ...]] = ()
@@ -36,6 +37,8 @@ class Wrapper(Optimizer):
     def __init__(self, base: Optimizer) -> None:
         if not isinstance(base, Optimizer):
             raise ValueError(f"base must be a built torch optimizer, got {base!r}")
+        if getattr(base, "needs_closure", False) or isinstance(base, LBFGS):
+            raise ValueError(f"base must step without a closure, but {type(base).__name__} needs one")
         self.base = base
         super().__init__(base.param_groups, base.defaults)
         self.param_groups = base.param_groups
