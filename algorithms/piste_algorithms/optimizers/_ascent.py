@@ -122,7 +122,7 @@ class SharpnessAware(Wrapper):
         model: the model whose normalisation layers keep the running statistics of the first pass.
 
     Raises:
-        ValueError: if `base` is no optimizer or needs a closure itself, or `rho` is outside its range.
+        ValueError: if `base` is none that can be wrapped, or `rho` is outside its range.
     """
 
     needs_closure: ClassVar[bool] = True
@@ -200,9 +200,8 @@ class SharpnessAware(Wrapper):
         self, closure: Callable[[], Any], parameters: list[Tensor], norms: list[float], norm: float
     ) -> None:
         """Leave `g_s` in the gradients, or `g` where `g_s` is not finite; the weights are as before."""
-        gradients = [
-            gradient.clone() for gradient in present_gradients(parameters)
-        ]  # a closure may reuse them
+        # Copies: the second pass may write into the same tensors.
+        gradients = [gradient.clone() for gradient in present_gradients(parameters)]
         weights = [parameter.clone() for parameter in parameters]
         try:
             ascend_(parameters, gradients, norm, self.rho, self.adaptive)
