@@ -87,7 +87,7 @@ def epochs_to_95(config: Config) -> float:
 
 
 def epoch_times(pairs: int) -> list[tuple[float, float]]:
-    """Median seconds of an epoch with EGD and with SGD on addition modulo 97: of the processor, by the clock."""
+    """Median seconds of an epoch with EGD and with SGD, modulo 97: of the processor, by the clock."""
     configs = [recipe("grokking-egd"), recipe("grokking-sgd")]
     clocks = (time.process_time, time.perf_counter)
     with tempfile.TemporaryDirectory() as folder:

@@ -60,9 +60,7 @@ def test_a_command_keeps_its_own_environment_but_not_its_cluster() -> None:
     told = nodes.of_command(layout(), "client", OUTSIDE)
     assert told["AWS_SECRET_ACCESS_KEY"] == OUTSIDE["AWS_SECRET_ACCESS_KEY"]
     assert told["RAY_API_SERVER_ADDRESS"] == "http://head:8265"
-    assert (
-        told["PATH"] == f"{Path(sys.executable).parent}:/usr/bin"
-    )  # not activated
+    assert told["PATH"] == f"{Path(sys.executable).parent}:/usr/bin"  # not activated
     assert told["PISTE_LEDGER"].endswith("store:5432/ledger")
     assert not {"https_proxy", "RAY_ADDRESS"} & told.keys()
     assert nodes.of_command(layout(), HEAD, OUTSIDE)["RAY_ADDRESS"] == "198.18.1.11:6379"
