@@ -62,7 +62,7 @@ class Train(Training):
 
     epochs: int = Field(default=40, ge=1)
     batch: int = Field(default=16, ge=1, description="examples a step, over all workers")
-    sigma: float = Field(default=1.5, gt=0.0, description="of the bumps, in pixels of a heat map")
+    sigma: float = Field(default=2.0, gt=0.0, description="of the bumps, in pixels of a heat map")
     pck_fraction: float = Field(
         default=0.2, gt=0.0, description="a keypoint is correct within this share of the example's length"
     )

@@ -26,8 +26,9 @@ def overlay(pictures: Tensor, true: Tensor, visible: Tensor, found: Tensor, name
 
     columns = min(3, len(pictures))
     rows = -(-len(pictures) // columns)
-    figure = Figure(figsize=(3.2 * columns, 3.0 * rows + 0.5), layout="constrained")
-    palette = colormaps["tab20"]
+    height, width = pictures.shape[2:]
+    figure = Figure(figsize=(3.2 * columns, 3.3 * rows * height / width + 0.5), layout="constrained")
+    palette = colormaps["tab10" if len(names) <= 10 else "tab20"]
     for number, picture in enumerate(pictures):
         axes = figure.add_subplot(rows, columns, number + 1)
         axes.imshow(picture.byte().permute(1, 2, 0).cpu().numpy())
