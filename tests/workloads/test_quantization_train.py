@@ -96,6 +96,29 @@ def test_a_run_starts_from_the_weights_of_the_checkpoint(
     assert all(row["weight_step"] > 0.0 and row["input_step"] > 0.0 for row in rows)
 
 
+@pytest.mark.parametrize(
+    ("model", "layers"),
+    [
+        ({"name": "mlp", "hidden": [8, 8]}, 3),
+        ({"name": "conv", "width": 4}, 4),
+        (
+            {"name": "resnet", "width": 4},
+            1 + 3 * 2 + 2 + 1,
+        ),  # the stem, three blocks, two projections, the head
+        ({"name": "wide_resnet", "depth": 10, "width": 1}, 1 + 3 * 2 + 2 + 1),
+    ],
+)
+def test_every_network_is_quantized_between_its_ends(
+    model: dict[str, Any], layers: int, config_of: ConfigOf
+) -> None:
+    config = config_of({"model": model, "quantization.bits": 3, "quantization.ends": 6})
+    rows = step_table(network_of(config, Classification(config, torch.device("cpu")), seed=0))
+    assert len(rows) == layers
+    assert [row["bits"] for row in rows] == [6, *[3] * (layers - 2), 6]
+    # Behind a ReLU nothing is negative; the images are.
+    assert [row["signed_input"] for row in rows] == [True, *[False] * (layers - 1)]
+
+
 def test_another_seed_is_another_start_but_for_the_data(config_of: ConfigOf) -> None:
     config = config_of()
     task = Classification(config, torch.device("cpu"))
