@@ -63,6 +63,7 @@ from piste.writer import ask, listener, start_writer, transport
 
 NAMESPACE = "piste"
 CONTROLLER_SECONDS = 2.0  # for Ray Train to notice that its controller has ended
+SHUTDOWN_SECONDS = 20.0  # for the controller of a run that failed on its own account to end its workers
 
 
 class RayRun(Run):
@@ -285,7 +286,7 @@ def fit(
                 max_failures=resources.max_failures,
                 max_preemption_failures=0,  # counted by who calls this
             ),
-            callbacks=list(callbacks),  # type: ignore[arg-type]
+            callbacks=[_EndsAtItsOwnFailure(writer, job["run_id"]), *callbacks],  # type: ignore[list-item]
         ),
     )
     outcome: list[Outcome] = []
@@ -311,6 +312,7 @@ def fit(
             if stop is not None and stop.is_set():
                 writer.stop.remote()  # again and again: it may have been restarted
             if (failure := failed()) is not None:
+                thread.join(SHUTDOWN_SECONDS)
                 return Outcome(failure)
     finally:
         if stop is not None and thread.is_alive():
@@ -319,6 +321,22 @@ def fit(
                 _end_controller()
             thread.join(CONTROLLER_SECONDS)
     return outcome[0]
+
+
+class _EndsAtItsOwnFailure(UserCallback):
+    """Makes Ray Train's controller end a run that failed on its own account, in place of another try.
+
+    Ended from outside while it replaces its workers, it would leave their processors reserved until this
+    driver ends.
+    """
+
+    def __init__(self, writer: Any, run_id: str) -> None:
+        self._writer, self._run_id = writer, run_id
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        """Called by the controller with what its workers have raised; what this raises ends the run."""
+        if (failure := ask(self._writer.failure.remote(self._run_id))) is not None:
+            raise PisteError(failure)
 
 
 def _end_controller() -> None:
