@@ -117,7 +117,7 @@ def test_an_error_of_the_workload_ends_the_run_and_is_not_tried_again(
         piste.run(paced(2, records=tmp_path, fail_at=7, fail_rank=1, nan_at=NAN_AT))
     from ray.util import placement_group_table  # after piste, which sets Ray's settings
 
-    groups = placement_group_table().values()  # type: ignore[no-untyped-call]
+    groups = placement_group_table().values()
     assert {group["state"] for group in groups} == {"REMOVED"}  # no processor is kept
     [row] = open_ledger().runs()
     assert (row.status, row.attempt, row.error) == ("failed", 1, f"RuntimeError: {FAILURE}")
