@@ -1,4 +1,4 @@
-"""Hidden Markov models: the scan against hmmlearn, enumeration, autograd and numbers worked out beforehand."""
+"""Hidden Markov models: the scan against hmmlearn, enumeration and numbers worked out beforehand."""
 
 import itertools
 import logging
@@ -46,7 +46,7 @@ BATCH = torch.tensor([[0, 0, 1], [1, 1, 0]])
 
 
 def test_full_batch_em_is_that_of_hmmlearn() -> None:
-    """Thirty iterations from one start: likelihoods to 1e-8 (measured: 1e-13), parameters too, never downhill."""
+    """Thirty iterations from one start: likelihoods and parameters to 1e-8 and better, never downhill."""
     logging.getLogger("hmmlearn").setLevel(logging.ERROR)
     states, length, categories, rows = 6, 20, 5, 40
     x = torch.randint(categories, (rows, length), generator=generator(1))

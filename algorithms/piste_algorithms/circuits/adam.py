@@ -1,13 +1,15 @@
 """Adam on a circuit's parameters: what gradient training of circuits is.
 
-Rows of weights and categories are softmaxes of logits, normal densities a mean and a logarithm of the variance. The
-gradients of the mean log-likelihood of M samples follow from the flows:
+Rows of weights and categories are softmaxes of logits, normal densities a mean and a logarithm of the
+variance. The gradients of the mean log-likelihood of M samples follow from the flows:
 
     theta[n] = softmax(w[n])         dL/dw[n, c] = (F[n, c] - F_n theta[n, c]) / M
-    N(m, s), S = sum F_n (1, x, x^2)     dL/dm = (S_1 - m S_0) / (s M),   dL/dlog s = ((S_2 - 2 m S_1 + m^2 S_0) / s - S_0) / (2 M)
+    N(m, s)                          dL/dm = (S_1 - m S_0) / (s M),   with S = sum F_n (1, x, x^2)
+                                     dL/dlog s = ((S_2 - 2 m S_1 + m^2 S_0) / s - S_0) / (2 M)
 
-A parameter that is zero stays zero. Source: Kingma and Ba (arXiv:1412.6980), as the gradient baseline of Liu et al.,
-"Rethinking probabilistic circuit parameter learning" (2025), whose experiments use lr 5e-3 and betas (0.9, 0.99).
+A parameter that is zero stays zero. Source: Kingma and Ba (arXiv:1412.6980), as the gradient baseline of Liu
+et al., "Rethinking probabilistic circuit parameter learning" (2025), whose experiments use lr 5e-3 and betas
+(0.9, 0.99).
 """
 
 from __future__ import annotations
@@ -57,7 +59,7 @@ class AdamCircuit(LearningRule):
         self._adam = torch.optim.Adam(list(self._free.values()), lr=1.0, betas=betas)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything but the circuit's parameters; with the logits, which the parameters give up to rounding only."""
+        """Everything but the circuit's parameters, and the logits, which those give up to rounding only."""
         free = {name: tensor.detach().clone() for name, tensor in self._free.items()}
         return {**super().state_dict(), "free": free, "adam": self._adam.state_dict()}
 

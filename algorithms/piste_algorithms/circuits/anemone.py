@@ -1,8 +1,8 @@
 """Anemone: mini-batch EM whose nodes step as far as the batch says more about them than the model expected.
 
-An update maximises the batch's log-likelihood, linearised in log theta of the normalised circuit, less gamma = 1 /
-alpha times the Kullback-Leibler divergence of the new joint distribution of variables and hidden states from the
-old one. With flows F[n, c] of M samples and top-down probabilities TD(n) it has the closed form
+An update maximises the batch's log-likelihood, linearised in log theta of the normalised circuit, less gamma
+= 1 / alpha times the Kullback-Leibler divergence of the new joint distribution of variables and hidden states
+from the old one. With flows F[n, c] of M samples and top-down probabilities TD(n) it has the closed form
 
     G[n, c]     = alpha F[n, c] / M + (1 - alpha) TD(n) theta[n, c]
     theta[n, c] <- (G[n, c] + d / C_n) / (sum_c G[n, c] + d)
@@ -11,13 +11,13 @@ that is, each node steps towards EM on the batch with the implicit learning rate
 
     eta_n = alpha F_n / M / (alpha F_n / M + (1 - alpha) TD(n))
 
-A node that the batch never reaches stays where it is (d = 0), alpha = 1 is EM on the batch, and with alpha = 1 on
-the whole data set it is full-batch EM. With momentum, moving averages of F and M, corrected for their start, take
-their places.
+A node that the batch never reaches stays where it is (d = 0), alpha = 1 is EM on the batch, and with alpha =
+1 on the whole data set it is full-batch EM. With momentum, moving averages of F and M, corrected for their
+start, take their places.
 
 Source: Liu et al., "Rethinking probabilistic circuit parameter learning" (2025), and its code (pyjuice 2.6.3,
-`optim/anemone.py`), which averages F alone; M is averaged here too, which is the same for batches of one size and
-keeps F / M a mean over samples for others.
+`optim/anemone.py`), which averages F alone; M is averaged here too, which is the same for batches of one size
+and keeps F / M a mean over samples for others.
 """
 
 from __future__ import annotations
@@ -40,10 +40,11 @@ class Anemone(LearningRule):
 
     Args:
         circuit: learnt in place.
-        step_size: alpha in (0, 1], or a schedule: number of updates so far -> alpha. Few, small batches need a
-            decay (`cosine_decay(0.4, flat, total, 0.1)`); the authors pair 0.4 decaying to 0.1 with batches of
-            16,384.
-        momentum: mu in [0, 1), of the moving average of flows; it lags behind where there are only tens of updates.
+        step_size: alpha in (0, 1], or a schedule: number of updates so far -> alpha. Few, small batches need
+            a decay (`cosine_decay(0.4, flat, total, 0.1)`); the authors pair 0.4 decaying to 0.1 with batches
+            of 16,384.
+        momentum: mu in [0, 1), of the moving average of flows; it lags behind where there are only tens of
+            updates.
         updates_every: batches gathered before an update.
         pseudocount: d of each node, relative to the flows of one sample.
         keep_zeros: whether a parameter that is zero stays zero and gets no pseudocount.

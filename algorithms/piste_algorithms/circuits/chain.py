@@ -1,9 +1,11 @@
 """Hidden Markov models: a scan of scaled forward and backward messages in the linear domain.
 
-A circuit is a chain when, from the root down, each sum mixes the product of one leaf and the next sum. With pi
-the root's weights, A_t those between the positions t - 1 and t, and e_t the leaf's values at the position t:
+A circuit is a chain when, from the root down, each sum mixes the product of one leaf and the next sum. With
+pi the root's weights, A_t those between the positions t - 1 and t, and e_t the leaf's values at the position
+t:
 
-    u_0 = pi,   u_t = a_{t-1} A_t,   v_t = u_t e_t,   c_t = sum v_t,   a_t = v_t / c_t,   log p(x) = sum log c_t
+    u_0 = pi,   u_t = a_{t-1} A_t,   v_t = u_t e_t,   c_t = sum v_t,   a_t = v_t / c_t
+    log p(x) = sum_t log c_t
     g_t = a_t b_t / s_t,   s_t = sum a_t b_t                                   (flows of the leaf's nodes)
     w_t = e_t b_t / (c_t s_t),   F[A_t] += A_t (a_{t-1}^T w_t),   b_{t-1} = w_t A_t^T / max,   b_{T-1} = 1
 

@@ -1,7 +1,8 @@
 """A probabilistic circuit: a structure with its parameters, and what can be asked of it.
 
-Source: the queries are those of Choi, Vergari, Van den Broeck, "Probabilistic circuits" (2020); flows and top-down
-probabilities are named as in Liu et al., "Rethinking probabilistic circuit parameter learning" (2025).
+Source: the queries are those of Choi, Vergari, Van den Broeck, "Probabilistic circuits" (2020); flows and
+top-down probabilities are named as in Liu et al., "Rethinking probabilistic circuit parameter learning"
+(2025).
 """
 
 from __future__ import annotations
@@ -24,8 +25,9 @@ from piste_algorithms.circuits.tables import (
     stacked,
 )
 
-# Batches are evaluated in pieces. On a CPU what a piece holds is at most twice the parameters and the activations
-# of the whole batch in one layer, but a piece has at least so many rows; elsewhere a piece holds 2 GiB.
+# Batches are evaluated in pieces. On a CPU what a piece holds is at most twice the parameters and the
+# activations of the whole batch in one layer, but a piece has at least so many rows; elsewhere a piece holds
+# 2 GiB.
 _LEAST_ROWS = 16
 _PIECE_BYTES = 2**31
 
@@ -34,9 +36,9 @@ class Circuit:
     """A smooth, decomposable and normalised probabilistic circuit over discrete or real variables.
 
     Data are `(batch, variables)`: whole numbers with -1 where a value is missing, or, where a variable is
-    real-valued, floating-point numbers with NaN where one is missing (and whole numbers for categories). A missing
-    value is summed out, so that a log-likelihood is that of the observed part. Rows on which the fast evaluation is
-    not sure of its digits are evaluated once more in the log domain in float64.
+    real-valued, floating-point numbers with NaN where one is missing (and whole numbers for categories). A
+    missing value is summed out, so that a log-likelihood is that of the observed part. Rows on which the fast
+    evaluation is not sure of its digits are evaluated once more in the log domain in float64.
 
     Args:
         structure: the structure.
@@ -82,11 +84,11 @@ class Circuit:
         """
         x = self._checked(x)
         rows = self._rows(len(x), self._engine.value_entries)
-        found = torch.cat([self._engine.log_likelihood(self.tables, part) for part in x.split(rows)])
+        found = torch.cat([self._engine.log_likelihood(self.tables, part) for part in torch.split(x, rows)])
         unsure = torch.nonzero(~torch.isfinite(found))[:, 0]
         if len(unsure) > 0:
             logs = log_domain.log_tables(self.structure, self.tables)
-            for part in unsure.split(self._slow_rows()):
+            for part in torch.split(unsure, self._slow_rows()):
                 root = log_domain.region_values(self.structure, logs, x[part])[-1][:, 0]
                 found[part] = root.masked_fill(root < log_domain.IMPOSSIBLE, -torch.inf)
         return found.to(self.dtype)
@@ -94,9 +96,9 @@ class Circuit:
     def flows(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Log-likelihoods, and flows summed over the batch.
 
-        The flow of an edge is dlog p(x) / dlog theta[n, c] with theta free, which is the posterior probability
-        that a sample takes it; rows of probability zero have none. Tied regions add up. For normal leaves a table
-        holds sum_x F_n(x) (1, x, x^2).
+        The flow of an edge is dlog p(x) / dlog theta[n, c] with theta free, which is the posterior
+        probability that a sample takes it; rows of probability zero have none. Tied regions add up. For
+        normal leaves a table holds sum_x F_n(x) (1, x, x^2).
 
         Args:
             x: `(batch, variables)`, see the class.
@@ -113,12 +115,13 @@ class Circuit:
         while True:
             statistics = self.empty_statistics()
             found, sure = [], []
-            for part, skip in zip(x.split(rows), skipped.split(rows), strict=True):
+            for part, skip in zip(torch.split(x, rows), torch.split(skipped, rows), strict=True):
                 log_likelihood, certain = self._engine.flows(self.tables, part, statistics, ~skip)
                 found.append(log_likelihood)
                 sure.append(certain)
             log_likelihood, certain = torch.cat(found), torch.cat(sure)
-            # Rows of which an evaluation became unsure half-way have left something behind: once more without.
+            # Rows of which an evaluation became unsure half-way have left something behind: once more
+            # without.
             failed = torch.isfinite(log_likelihood) & ~certain & ~skipped
             skipped |= failed
             if not bool(failed.any()):
@@ -128,14 +131,14 @@ class Circuit:
                 statistics[name].mul_(self.tables[name])
         unsure = torch.nonzero(~certain)[:, 0]
         if len(unsure) > 0:
-            for part in unsure.split(self._slow_rows()):
+            for part in torch.split(unsure, self._slow_rows()):
                 log_likelihood[part], slow = log_domain.flows(self.structure, self.tables, x[part])
                 for name, each in statistics.items():
                     stacked(each).add_(slow[name].to(self.dtype))
         return log_likelihood.to(self.dtype), statistics
 
     def node_top_down(self) -> dict[str, Tensor]:
-        """TD(n), the probability that a sample visits a node, summed over tied regions: `(..., nodes)` a table."""
+        """TD(n), the probability that a sample visits a node, over tied regions; `(..., nodes)` a table."""
         found = self._engine.top_down(self.tables)
         return {name: found[name].reshape(table.shape[:-1]) for name, table in self.structure.tables.items()}
 
@@ -150,7 +153,7 @@ class Circuit:
         }
 
     def parameters(self) -> dict[str, Tensor]:
-        """Copies of the tables: rows of weights and categories sum to one, normal leaves are (mean, variance)."""
+        """Copies of the tables: rows of weights and categories, (mean, variance) of normal leaves."""
         return {name: table.clone() for name, table in self.tables.items()}
 
     def set_parameters(self, parameters: Mapping[str, Tensor]) -> None:
@@ -189,8 +192,8 @@ class Circuit:
     def mpe(self, x: Tensor) -> Tensor:
         """Each row completed by the most probable joint choice of its missing values *and* all hidden states.
 
-        For a hidden Markov model these are the values along the Viterbi path. The most probable values alone, with
-        the hidden states summed out, are NP-hard to find.
+        For a hidden Markov model these are the values along the Viterbi path. The most probable values alone,
+        with the hidden states summed out, are NP-hard to find.
 
         Raises:
             ValueError: as `conditional_sample`.

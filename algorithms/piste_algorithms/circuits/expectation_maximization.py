@@ -4,11 +4,12 @@ With flows F[n, c] of the data, F_n = sum_c F[n, c], M samples, pseudocount d an
 
     EM            theta[n, c] <- (F[n, c] + d / C_n) / (F_n + d)
     mini-batch    theta[n, c] <- (1 - alpha) theta[n, c] + alpha (F[n, c] + d / C_n) / (F_n + d)
-    online        s[n, c] <- (1 - gamma_k) s[n, c] + gamma_k F[n, c] / M,   theta[n, c] <- (s[n, c] + d / C_n) / (s_n + d)
+    online        s[n, c] <- (1 - gamma_k) s[n, c] + gamma_k F[n, c] / M
+                  theta[n, c] <- (s[n, c] + d / C_n) / (s_n + d)
 
-Sources: Peharz et al., "Einsum networks" (arXiv:2004.06231), section 3.5, for flows by a backward pass and the
-mini-batch rule; Cappe and Moulines, "On-line expectation-maximization algorithm for latent data models" (2009), for
-the online one.
+Sources: Peharz et al., "Einsum networks" (arXiv:2004.06231), section 3.5, for flows by a backward pass and
+the mini-batch rule; Cappe and Moulines, "On-line expectation-maximization algorithm for latent data models"
+(2009), for the online one.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ class FullBatchEM(LearningRule):
 
     Args:
         circuit: learnt in place.
-        pseudocount: of each node, in samples. With 0 no update lowers the likelihood of the data; a node that no
-            sample reaches keeps its row then, and becomes uniform otherwise.
+        pseudocount: of each node, in samples. With 0 no update lowers the likelihood of the data; a node that
+            no sample reaches keeps its row then, and becomes uniform otherwise.
 
     Raises:
         ValueError: if an argument is outside its range.
@@ -56,8 +57,8 @@ class MiniBatchEM(LearningRule):
 
     Args:
         circuit: learnt in place.
-        step_size: alpha in (0, 1], or a schedule: number of updates so far -> alpha. 0.1 with batches of 512 is
-            what the authors of Anemone compare with.
+        step_size: alpha in (0, 1], or a schedule: number of updates so far -> alpha. 0.1 with batches of 512
+            is what the authors of Anemone compare with.
         pseudocount: of each node, in samples of the batch.
 
     Raises:

@@ -1,8 +1,8 @@
 """Folding: regions of one depth and one shape become one operation on stacked tensors.
 
-Values of regions of one width share a buffer `(rows, batch, width)`; a fold writes consecutive rows of it. Flows
-have a buffer of their own, in which a region with a product as its only parent has no row: its flow is that of
-the product.
+Values of regions of one width share a buffer `(rows, batch, width)`; a fold writes consecutive rows of it.
+Flows have a buffer of their own, in which a region with a product as its only parent has no row: its flow is
+that of the product.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Folding:
 
 
 def fold(structure: Structure, device: torch.device) -> Folding:
-    """Group the regions of a circuit; tables whose matrices are numbered along the folds are used in place."""
+    """Group the regions; a table whose matrices are numbered along the folds is used in place."""
     groups: dict[tuple[Hashable, ...], list[int]] = {}
     levels: list[int] = []
     for number, region in enumerate(structure.regions):

@@ -2,8 +2,8 @@
 
     p(x) = sum_z pi[z_0] prod_t E_t[z_t, x_t] prod_{t > 0} A_t[z_{t-1}, z_t]
 
-The tables are `initial` (pi), `transition` (A) and `emission` (E); in a homogeneous model all positions share A and E.
-Source: Rabiner, "A tutorial on hidden Markov models" (1989).
+The tables are `initial` (pi), `transition` (A) and `emission` (E); in a homogeneous model all positions share
+A and E. Source: Rabiner, "A tutorial on hidden Markov models" (1989).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 
 from piste_algorithms.circuits.circuit import Circuit
-from piste_algorithms.circuits.structure import Leaf, Product, Region, Structure, Sum, Table
+from piste_algorithms.circuits.structure import Leaf, Product, Region, Structure, Sum, Table, TableKind
 from piste_algorithms.circuits.tables import random_table
 from piste_algorithms.optimizers._checks import check_integer, check_range
 
@@ -37,9 +37,9 @@ def hmm(
         spread: rows of the tables are exp(-spread U[0, 1]), normalised.
 
     Returns:
-        A circuit with the tables `initial` (num_latents,), `transition` (num_latents, num_latents), row to column,
-        and `emission` (num_latents, num_categories), or (num_latents, 2) for normal densities; where not
-        homogeneous with a leading axis of length - 1 and length. At length 1 there is no `transition`.
+        A circuit with the tables `initial` (num_latents,), `transition` (num_latents, num_latents), row to
+        column, and `emission` (num_latents, num_categories), or (num_latents, 2) for normal densities; where
+        not homogeneous with a leading axis of length - 1 and length. At length 1 there is no `transition`.
 
     Raises:
         ValueError: if an argument is outside its range.
@@ -49,7 +49,7 @@ def hmm(
     check_range("spread", spread, low=0.0)
     if num_categories is not None:
         check_integer("num_categories", num_categories, low=1)
-    kind = "gaussian" if num_categories is None else "categorical"
+    kind: TableKind = "gaussian" if num_categories is None else "categorical"
     entries = 2 if num_categories is None else num_categories
     regions: list[Region] = []
     for t in range(length - 1, -1, -1):

@@ -1,8 +1,9 @@
 """Leaves of one table on a batch: their values, and the sums of their flows.
 
-Regions r = 0, 1, ... of a batch share a table `(matrices, nodes, entries)`; region r reads `table[indices[r]]` at
-the variable `variables[r]`. A missing value sums its variable out: every node has the value 1, and its
-flow is spread as the table spreads it. Values are `(regions, batch, nodes)` times exp(scale) `(regions, batch)`.
+Regions r = 0, 1, ... of a batch share a table `(matrices, nodes, entries)`; region r reads
+`table[indices[r]]` at the variable `variables[r]`. A missing value sums its variable out: every node has the
+value 1, and its flow is spread as the table spreads it. Values are `(regions, batch, nodes)` times exp(scale)
+`(regions, batch)`.
 """
 
 from __future__ import annotations

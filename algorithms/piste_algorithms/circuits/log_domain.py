@@ -5,9 +5,9 @@
     sum       l[n] = log sum_c exp(log W[n, c] + l[c])
     flows     F[n, c] = F_n exp(log W[n, c] + l[c] - l[n]),   F_c = sum_n F[n, c],   F_root = 1
 
-It is how the fast evaluations are defined, takes over the rows on which those are not sure, and gives sampling and
-the most probable completion their values. The logarithm of zero is a number, `LOG_ZERO`, so that no difference is
-undefined; a log-likelihood below `IMPOSSIBLE` is that of a row of probability zero.
+It is how the fast evaluations are defined, takes over the rows on which those are not sure, and gives
+sampling and the most probable completion their values. The logarithm of zero is a number, `LOG_ZERO`, so that
+no difference is undefined; a log-likelihood below `IMPOSSIBLE` is that of a row of probability zero.
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ def region_values(
         structure: the circuit's structure.
         logs: from `log_tables`.
         x: `(batch, variables)`.
-        reduction: `"sum"`, or `"max"` for the largest term of every sum, over states of missing variables too.
+        reduction: `"sum"`, or `"max"` for the largest term of every sum, over states of missing variables
+            too.
     """
     values: list[Tensor] = []
     for region in structure.regions:
@@ -69,21 +70,21 @@ def region_values(
 
 
 def log_matmul(weights: Tensor, below: Tensor) -> Tensor:
-    """log sum_c exp(weights[n, c] + below[b, c]), `(batch, nodes)`: one product, exact where it underflows."""
+    """`(batch, nodes)` log sum_c exp(weights[n, c] + below[b, c]), exact where the product underflows."""
     largest = below.amax(-1, keepdim=True)
     found = (below - largest).exp() @ weights.exp().T
     sure = found > 1e-280
     result = torch.where(sure, found, torch.ones_like(found)).log() + largest
     if not bool(sure.all()):
         row, node = torch.nonzero(~sure, as_tuple=True)
-        pieces = zip(row.split(4096), node.split(4096), strict=True)
+        pieces = zip(torch.split(row, 4096), torch.split(node, 4096), strict=True)
         exact = torch.cat([torch.logsumexp(weights[n] + below[b], -1) for b, n in pieces])
         result = result.index_put((row, node), exact)
     return result
 
 
 def flows(structure: Structure, tables: Mapping[str, Tensor], x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """Log-likelihoods `(batch,)`, -inf where p(x) = 0, and the statistics of the other rows, float64 and stacked."""
+    """Log-likelihoods, -inf where p(x) = 0, and the statistics of the other rows, stacked, in float64."""
     logs = log_tables(structure, tables)
     values = region_values(structure, logs, x)
     root = values[-1][:, 0]

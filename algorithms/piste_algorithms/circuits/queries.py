@@ -1,8 +1,8 @@
-"""Samples and most probable completions: a pass up in the log domain, then a choice at every sum, from the root down.
+"""Samples and most probable completions: a pass up in the log domain, then choices from the root down.
 
 A sample at a node n of a sum moves to the child c with probability proportional to W[n, c] v_c(x); the most
-probable completion to the child of the largest W[n, c] v_c(x), with v_c from the pass whose sums are maxima. At a
-leaf a missing value is drawn, or the most probable one taken.
+probable completion to the child of the largest W[n, c] v_c(x), with v_c from the pass whose sums are maxima.
+At a leaf a missing value is drawn, or the most probable one taken.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def conditional_sample(
     logs = log_tables(structure, tables)
     found = []
     rows = max(1, _PIECE_ENTRIES // sum(structure.widths))
-    for start, part in zip(range(0, len(x), rows), x.split(rows), strict=True):
+    for start, part in zip(range(0, len(x), rows), torch.split(x, rows), strict=True):
         values = region_values(structure, logs, part)
         _check_possible(values[-1], start)
         found.append(_descend(structure, logs, values, part.clone(), _drawing(generator), generator))
@@ -80,7 +80,7 @@ def most_probable(structure: Structure, tables: Mapping[str, Tensor], x: Tensor)
     widest = max(table.nodes * table.entries for table in structure.tables.values())
     rows = max(1, _PIECE_ENTRIES // (sum(structure.widths) + widest))
     found = []
-    for start, part in zip(range(0, len(x), rows), x.split(rows), strict=True):
+    for start, part in zip(range(0, len(x), rows), torch.split(x, rows), strict=True):
         values = region_values(structure, logs, part, "max")
         _check_possible(values[-1], start)
         found.append(_descend(structure, logs, values, part.clone(), lambda logits: logits.argmax(-1), None))

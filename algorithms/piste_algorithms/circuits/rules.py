@@ -1,7 +1,7 @@
 """What all learning rules of circuits share: flows are gathered from batches, then an update follows.
 
-`step(batch)` is `accumulate(batch)` and then `update()`. Flows add up, so several workers learn as one when each
-gathers its own rows and all sum what they gathered before the update::
+`step(batch)` is `accumulate(batch)` and then `update()`. Flows add up, so several workers learn as one when
+each gathers its own rows and all sum what they gathered before the update::
 
     rule.accumulate(own_rows)                        # or nothing at all, for a worker without rows
     for tensor in rule.accumulated().values():       # the same names in the same order everywhere
@@ -33,14 +33,14 @@ class StepInfo:
     """What a step did.
 
     Attributes:
-        log_likelihood: mean over the samples of positive probability, in nats, under the parameters before the
-            update.
+        log_likelihood: mean over the samples of positive probability, in nats, under the parameters before
+            the update.
         samples: how many samples of positive probability the flows are of.
         impossible: how many samples had probability zero; they teach nothing.
         updated: whether the parameters were updated; False where a rule gathers several batches first.
         step_size: the step size or learning rate of this update, or None.
-        rate_min: least implicit learning rate of a node: how far its row went towards what the flows alone say; None
-            where no update was made or a rule has none.
+        rate_min: least implicit learning rate of a node: how far its row went towards what the flows alone
+            say; None where no update was made or a rule has none.
         rate_mean: mean over all nodes.
         rate_max: largest.
     """
@@ -79,7 +79,7 @@ class LearningRule:
         self._batches = 0
 
     def step(self, batch: Tensor) -> StepInfo:
-        """Gather the flows of a batch `(batch, variables)` and update, or gather more first where the rule does.
+        """Gather the flows of a batch `(batch, variables)`, and update unless the rule gathers more first.
 
         Raises:
             ValueError: as `accumulate` and `update`.
@@ -115,10 +115,10 @@ class LearningRule:
         return log_likelihood
 
     def accumulated(self) -> dict[str, Tensor]:
-        """The gathered sums themselves, in a fixed order: flows by table, and `totals`, all additive over workers.
+        """What is gathered itself, in a fixed order: flows by table, and `totals`; additive over workers.
 
-        `totals` (float64) is (samples, sum of log-likelihoods, samples of probability zero). Zeros where nothing
-        is gathered yet.
+        `totals` (float64) is (samples, sum of log-likelihoods, samples of probability zero). Zeros where
+        nothing is gathered yet.
         """
         if self._gathered is None:
             totals = torch.zeros(3, dtype=torch.float64, device=self.circuit.device)
@@ -130,8 +130,8 @@ class LearningRule:
         """Update the parameters by what is gathered, and begin anew.
 
         Raises:
-            ValueError: if nothing is gathered, or only samples of probability zero, or a schedule gives a step size
-                that is not in (0, 1]; the parameters are as they were.
+            ValueError: if nothing is gathered, or only samples of probability zero, or a schedule gives a
+                step size that is not in (0, 1]; the parameters are as they were.
         """
         flows = dict(self.accumulated())
         samples, total, impossible = flows.pop(TOTALS).tolist()
@@ -170,7 +170,7 @@ class LearningRule:
         self._gathered = gathered or None
 
     def _learn(self, flows: dict[str, Tensor], samples: float) -> tuple[float | None, Tensor | None]:
-        """Update the circuit's tables in place; step size and every node's implicit rate. May overwrite `flows`."""
+        """Update the tables in place, may overwrite `flows`; step size, and the implicit rates of all nodes."""
         raise NotImplementedError
 
     def _moved(self, name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -17,8 +17,8 @@ def cosine_decay(base: float, flat_steps: int, total_steps: int, minimum: float)
         flat <= k <= total      max(minimum, base (1 + cos(pi (k - flat) / (total - flat))) / 2)
         total < k               minimum
 
-    Source: `CosineDecayLR` of the authors' experiments with Anemone (base 0.4, flat 1,000, total 20,000, minimum
-    0.1).
+    Source: `CosineDecayLR` of the authors' experiments with Anemone (base 0.4, flat 1,000, total 20,000,
+    minimum 0.1).
 
     Raises:
         ValueError: if not 0 < minimum <= base <= 1 or not 0 <= flat_steps <= total_steps.

@@ -11,8 +11,8 @@ parameters (they are *tied*). A circuit is tractable when it is smooth (children
 variables) and decomposable (children of a product have disjoint ones); `Structure` refuses any other and
 names the node.
 
-Source: Choi, Vergari, Van den Broeck, "Probabilistic circuits: a unifying framework" (2020); layered vectors of
-nodes as in Peharz et al., "Einsum networks" (arXiv:2004.06231).
+Source: Choi, Vergari, Van den Broeck, "Probabilistic circuits: a unifying framework" (2020); layered vectors
+of nodes as in Peharz et al., "Einsum networks" (arXiv:2004.06231).
 """
 
 from __future__ import annotations
@@ -58,10 +58,10 @@ class Table:
     """Shape and meaning of a parameter tensor.
 
     Attributes:
-        shape: `(..., nodes, entries)`; `(entries,)` is a single node. The axes before the last two are indices
-            of matrices, at most one of them.
-        kind: `"weights"` of sums or `"categorical"` leaves, whose rows sum to one, or `"gaussian"` leaves, whose
-            entries are (mean, variance).
+        shape: `(..., nodes, entries)`; `(entries,)` is a single node. The axes before the last two are
+            indices of matrices, at most one of them.
+        kind: `"weights"` of sums or `"categorical"` leaves, whose rows sum to one, or `"gaussian"` leaves,
+            whose entries are (mean, variance).
     """
 
     shape: tuple[int, ...]
@@ -290,8 +290,8 @@ def _product_scope(children: Sequence[int], scopes: Sequence[int], here: str) ->
     for child in children:
         if scope & scopes[child]:
             raise ValueError(
-                f"{here} is not decomposable: variables {_variables(scope & scopes[child])} are below more than "
-                "one of its children"
+                f"{here} is not decomposable: variables {_variables(scope & scopes[child])} are below "
+                "more than one of its children"
             )
         scope |= scopes[child]
     return scope

@@ -8,8 +8,8 @@ All learning rules work on *statistics* of a table, of its own shape but for nor
 The *mass* of a node is F_n, the sum of its row, or the first entry; its *moments* are the statistics of mass
 one that the parameters themselves stand for: the row, or (1, mean, mean^2 + variance).
 
-Tables of categories lie category by category in memory (as `(..., categories, nodes)`), so that a batch reads and
-writes whole rows; their public shape is `(..., nodes, categories)`.
+Tables of categories lie category by category in memory (as `(..., categories, nodes)`), so that a batch reads
+and writes whole rows; their public shape is `(..., nodes, categories)`.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def mass(table: Table, statistics: Tensor) -> Tensor:
 def from_statistics(
     table: Table, statistics: Tensor, parameters: Tensor, pseudocount: float, keep_zeros: bool = True
 ) -> Tensor:
-    """The parameters of largest expected log-likelihood, with a pseudocount a node; `statistics` is overwritten.
+    """Parameters of largest expected log-likelihood, with a pseudocount; overwrites `statistics`.
 
     A row is `(F + pseudocount / C) / (F_n + pseudocount)` over its C entries; with `keep_zeros` an entry of
     `parameters` that is zero stays so, gets no pseudocount and does not count in C. A normal density gets
