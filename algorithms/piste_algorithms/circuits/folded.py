@@ -81,7 +81,7 @@ class Folded:
             here = take(buffers[each.width], each.flows)
             if each.kind == "product":
                 for child in each.children:
-                    _hand_down(buffers[child.width], child, here)
+                    _hand_down(buffers[child.width], child, here.clone())
                 continue
             _add_rows(masses[each.table], each.indices, here)
             if each.kind == "sum":
@@ -203,7 +203,8 @@ class _Pass:
                 self.leaves[number].finish()
             elif each.kind == "product":
                 for child in each.children:
-                    _hand_down(flows[child.width], child, here)
+                    if len(child.owners) > 0:
+                        _hand_down(flows[child.width], child, here.clone())
             else:
                 weights = take(stacked(self.tables[each.table]), each.indices)
                 below, _ = self._below(each)

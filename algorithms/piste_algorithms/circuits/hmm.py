@@ -11,9 +11,9 @@ from __future__ import annotations
 import torch
 
 from piste_algorithms.circuits.circuit import Circuit
+from piste_algorithms.circuits.hclt import random_circuit
 from piste_algorithms.circuits.structure import Leaf, Product, Region, Structure, Sum, Table, TableKind
-from piste_algorithms.circuits.tables import random_table
-from piste_algorithms.optimizers._checks import check_integer, check_range
+from piste_algorithms.optimizers._checks import check_integer
 
 
 def hmm(
@@ -46,7 +46,6 @@ def hmm(
     """
     check_integer("length", length, low=1)
     check_integer("num_latents", num_latents, low=1)
-    check_range("spread", spread, low=0.0)
     if num_categories is not None:
         check_integer("num_categories", num_categories, low=1)
     kind: TableKind = "gaussian" if num_categories is None else "categorical"
@@ -67,8 +66,4 @@ def hmm(
     tables["emission"] = Table(emission if homogeneous else (length, *emission), kind)
     description = {"builder": "hmm", "length": length, "homogeneous": homogeneous}
     structure = Structure(tuple(regions), tables, description)
-    generator = torch.Generator().manual_seed(0) if generator is None else generator
-    return Circuit(
-        structure,
-        {name: random_table(table, generator, dtype, spread) for name, table in tables.items()},
-    )
+    return random_circuit(structure, generator, dtype, spread)

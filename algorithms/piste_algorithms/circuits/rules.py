@@ -170,7 +170,7 @@ class LearningRule:
         self._gathered = gathered or None
 
     def _learn(self, flows: dict[str, Tensor], samples: float) -> tuple[float | None, Tensor | None]:
-        """Update the tables in place, may overwrite `flows`; step size, and the implicit rates of all nodes."""
+        """Update the tables in place, may overwrite `flows`; step size and all nodes' implicit rates."""
         raise NotImplementedError
 
     def _moved(self, name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
