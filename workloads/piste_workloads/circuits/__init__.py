@@ -1,0 +1,31 @@
+"""Probabilistic circuits: exact likelihoods of text, DNA, genotypes and images, learned by EM or Anemone."""
+
+from piste_workloads.circuits.config import Config
+from piste_workloads.circuits.train import prepare_data, train
+
+__all__ = ["Config", "headline", "prepare_data", "test_settings", "train"]
+
+headline = (
+    "valid/log_likelihood",
+    "valid/bits_per_dimension",
+    "test/bits_per_dimension",
+    "best/epoch",
+    "cost/updates",
+    "time/cpu_s",
+)
+
+# For the contract battery: six epochs of a small hidden Markov model on a small text, a checkpoint every two.
+test_settings = {
+    "data.kind": "text",
+    "data.source": "file",
+    "data.path": "{text}",
+    "data.length": 8,
+    "model.name": "hmm",
+    "model.latents": 4,
+    "rule.name": "anemone",
+    "rule.momentum": 0.5,
+    "train.epochs": 6,
+    "train.batch": 32,
+    "train.samples": 2,
+    "checkpoints.every": 2,
+}

@@ -1,0 +1,193 @@
+"""Training: epochs of updates, a validation after each; flows are summed over workers before an update."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from piste.checkpoints import CheckpointError
+from piste.errors import PisteError
+from piste.workload import Run
+from piste_algorithms.circuits import Circuit, LearningRule, StepInfo
+from piste_algorithms.circuits.structure import from_json, to_json
+from piste_workloads.circuits.building import build_circuit, build_rule
+from piste_workloads.circuits.config import Config
+from piste_workloads.circuits.data import open_rows
+from piste_workloads.circuits.evaluation import Held, evaluate
+from piste_workloads.circuits.pictures import draw
+from piste_workloads.circuits.progress import Progress, likelihoods, of_updates
+from piste_workloads.circuits.rows import Rows
+from piste_workloads.grokking.points import seeded
+from piste_workloads.hardware import now
+
+FORMAT = 1  # of a checkpoint's content
+
+
+def prepare_data(config: Config) -> str:
+    """Makes the rows, once and before any worker.
+
+    Returns:
+        Their hash.
+
+    Raises:
+        BadInput: They cannot be had, or no circuit of the recipe's kind can be made for them.
+    """
+    rows = open_rows(config.data)
+    if config.model.name == "file":
+        build_circuit(config, rows, config.seed)
+    return rows.sha256
+
+
+def train(config: Config, run: Run) -> None:
+    """Learns a circuit's parameters; a step of the metrics is an epoch.
+
+    Logs, each epoch, of `train` (means over the epoch's batches, before each update) and, every
+    `evaluate_every` epochs and after the last, of `valid`: `log_likelihood` (nats a row),
+    `bits_per_dimension` (of the observed values) and `loss` (nats a row, the log-likelihood's negative), for
+    tokens `bits_per_byte`, for labelled rows `accuracy`; at the end that of `test`. Also `rule/step_size`,
+    `rule/rate_min`, `rule/rate_mean`, `rule/rate_max` (implicit learning rates of nodes), `cost/updates`,
+    `cost/rows`, `time/step_ms` (of the epoch's updates), `time/train_s` and `time/cpu_s` (of all updates so
+    far, by the clock and over this worker's threads), `time/rows_per_s`, and `best/log_likelihood` with
+    `best/epoch` of the validations. `train/impossible` counts rows of probability zero, which teach nothing.
+
+    Raises:
+        BadInput: As `prepare_data`.
+        PisteError: All rows of an update have probability zero.
+        CheckpointError: The checkpoint is of another version of this workload.
+    """
+    rows = open_rows(config.data)
+    state = run.restore()
+    circuit = (build_circuit(config, rows, run.seed) if state is None else restored(state)).to(run.device)
+    updates = config.train.epochs * config.updates(len(rows.parts["train"]))
+    learner = Learner(config, run, build_rule(config, circuit, updates), rows.parts["train"])
+    progress, last = learner.progress, 0
+    if state is None:
+        run.table("data", rows.table())
+    else:
+        learner.rule.load_state_dict(state["rule"])
+        progress = learner.progress = Progress(**state["progress"])
+        last = int(state["step"])
+    valid, test = (Held(part, rows, run.device) for part in ("valid", "test"))
+
+    while not _ended(config, progress, last):
+        last += 1
+        metrics = learner.epoch(last)
+        validated = last == config.train.epochs or last % config.train.evaluate_every == 0
+        if validated:
+            metrics |= evaluate(circuit, run, valid)
+            progress.validated(last, metrics["valid/log_likelihood"])
+            metrics |= {"best/log_likelihood": progress.best, "best/epoch": float(progress.best_epoch)}
+            shown = ("train/log_likelihood", "valid/log_likelihood", "cost/updates", "time/train_s")
+            progress.curve.append({"epoch": float(last), **{key: metrics[key] for key in shown}})
+        final = _ended(config, progress, last)
+        if final:
+            metrics |= evaluate(circuit, run, test)
+        run.log(metrics, last)
+        stop = run.mean(float(run.should_stop)) > 0.0  # asked on one worker, agreed on by all
+        if stop or final or config.checkpoints.due(last, config.train.epochs):
+            run.report({}, last, checkpoint=_state(circuit, learner, rows))
+        elif validated:
+            run.report({}, last)
+        if stop and not final:
+            return
+    if run.rank == 0:
+        draw(run, config, circuit, rows, progress, last)
+
+
+class Learner:
+    """Takes an epoch's updates.
+
+    Attributes:
+        progress: What has been spent so far.
+    """
+
+    def __init__(self, config: Config, run: Run, rule: LearningRule, train: Tensor) -> None:
+        self.rule = rule
+        self.progress = Progress()
+        self._config, self._run = config, run
+        self._train = train.to(run.device)
+
+    def epoch(self, number: int) -> dict[str, float]:
+        """One epoch, counted from 1; its metrics."""
+        began, cpu = now(self._run.device), time.process_time()
+        size = self._config.epoch_size(len(self._train))
+        order = torch.randperm(len(self._train), generator=seeded(self._run.seed, f"epoch {number}"))[:size]
+        batches = torch.split(order, self._config.train.batch)
+        together = len(batches) if self._config.rule.whole_epoch else self.rule.updates_every
+        infos: list[StepInfo] = []
+        for place, batch in enumerate(batches, start=1):
+            mine = self._run.shard(batch)  # type: ignore[type-var]
+            if len(mine) > 0:
+                self.rule.accumulate(self._train[mine.to(self._run.device)])
+            if place % together == 0 or place == len(batches):
+                infos.append(self._update())
+        seconds = now(self._run.device) - began
+        progress = self.progress
+        progress.updates += len(infos)
+        progress.rows += size
+        progress.seconds += seconds
+        progress.cpu_seconds += time.process_time() - cpu
+        samples = sum(info.samples for info in infos)
+        log_likelihood = sum(info.log_likelihood * info.samples for info in infos) / samples
+        observed = float((self._train[order.to(self._run.device)] >= 0).sum()) / size
+        return {
+            **likelihoods("train", log_likelihood, observed),
+            "train/impossible": float(sum(info.impossible for info in infos)),
+            **of_updates(infos),
+            "cost/updates": float(progress.updates),
+            "cost/rows": float(progress.rows),
+            "time/step_ms": 1e3 * seconds,
+            "time/train_s": progress.seconds,
+            "time/cpu_s": progress.cpu_seconds,
+            "time/rows_per_s": size / seconds,
+        }
+
+    def _update(self) -> StepInfo:
+        """Sums what all workers have gathered; then all make the same update."""
+        if self._run.world_size > 1:
+            for tensor in self.rule.accumulated().values():
+                torch.distributed.all_reduce(tensor)
+        try:
+            return self.rule.update()
+        except ValueError as error:
+            raise PisteError(
+                f"update {self.rule.updates + 1}: {error}: raise rule.pseudocount or train.batch"
+            ) from error
+
+
+def _ended(config: Config, progress: Progress, epoch: int) -> bool:
+    """Whether that epoch is the last one."""
+    patience = config.train.patience
+    return epoch >= config.train.epochs or (patience > 0 and progress.since >= patience)
+
+
+def _state(circuit: Circuit, learner: Learner, rows: Rows) -> dict[str, Any]:
+    """A checkpoint's content: enough to go on, and to answer the verbs without the data."""
+    return {
+        "circuits": FORMAT,
+        "structure": json.dumps(to_json(circuit.structure)),
+        "model": circuit.parameters(),
+        "rule": learner.rule.state_dict(),
+        "progress": learner.progress.state(),
+        "encoding": rows.encoding.state(),
+    }
+
+
+def restored(state: dict[str, Any]) -> Circuit:
+    """The circuit of a checkpoint.
+
+    Raises:
+        CheckpointError: It is not one of this workload, or of another version of it.
+    """
+    found = state.get("circuits")
+    if found != FORMAT:
+        what = "not one of the workload circuits" if found is None else f"of version {found}, not {FORMAT}"
+        raise CheckpointError(f"checkpoint: {what}: use the version of piste that made it")
+    try:
+        return Circuit(from_json(json.loads(state["structure"])), state["model"])
+    except ValueError as error:
+        raise CheckpointError(f"checkpoint: {error}") from error
