@@ -2,8 +2,22 @@
 
 from piste_workloads.circuits.config import Config
 from piste_workloads.circuits.train import prepare_data, train
+from piste_workloads.circuits.verbs import impute, sample, save, score
 
-__all__ = ["Config", "headline", "prepare_data", "test_settings", "train"]
+__all__ = [
+    "Config",
+    "headline",
+    "impute",
+    "prepare_data",
+    "sample",
+    "save",
+    "score",
+    "test_settings",
+    "train",
+    "verbs",
+]
+
+verbs = {"score": score, "sample": sample, "impute": impute, "save": save}
 
 headline = (
     "valid/log_likelihood",

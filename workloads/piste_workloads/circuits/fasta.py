@@ -97,6 +97,11 @@ def parse(content: bytes, what: str) -> Sequences:
     return Sequences(records, others)
 
 
+def compressed(content: str) -> bytes:
+    """FASTA as gzip writes it, the same bytes whenever."""
+    return gzip.compress(content.encode(), mtime=0)
+
+
 def write(records: Iterable[tuple[str, NDArray[np.int64]]]) -> str:
     """Sequences as FASTA; a missing base is N."""
     lines = []

@@ -13,7 +13,7 @@ from piste.workload import Run
 from piste_algorithms.circuits import Circuit
 from piste_workloads.circuits.config import Config
 from piste_workloads.circuits.progress import Progress
-from piste_workloads.circuits.rows import MISSING, Encoding, Rows
+from piste_workloads.circuits.rows import MISSING, Encoding, Rows, evenly
 from piste_workloads.circuits.spelling import spell
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def _draw_samples(run: Run, circuit: Circuit, rows: Rows, count: int, step: int)
     encoding = rows.encoding
     generator = torch.Generator(circuit.device).manual_seed(run.seed)
     sampled = circuit.sample(count, generator).cpu()
-    whole = rows.parts["test"][:count]
+    whole = torch.from_numpy(evenly(rows.parts["test"].numpy(), count))
     given = without_half(whole, encoding)
     possible = torch.isfinite(circuit.log_likelihood(given))
     whole, given = whole[possible.cpu()], given[possible.cpu()]
@@ -73,7 +73,7 @@ def _draw_samples(run: Run, circuit: Circuit, rows: Rows, count: int, step: int)
         run.figure("samples", grid(sampled, encoding), step)
         if len(given) > 0:
             four = torch.stack([whole, given, drawn, likely], 1).flatten(0, 1)
-            run.figure("in-painting", grid(four, encoding, columns=4, titles=COMPLETED), step)
+            run.figure("in-painting", grid(four, encoding, columns=8, titles=2 * COMPLETED), step)
         return
     run.table("samples", [{"sample": text} for text in spell(sampled, encoding)], step)
     columns = [spell(part, encoding) for part in (whole, given, drawn, likely)]
@@ -155,7 +155,7 @@ def tree(parents: Sequence[int], encoding: Encoding) -> Figure:
     axes.add_collection(LineCollection(lines, linewidths=0.8, colors="tab:blue"))
     axes.plot(*places.T, "k.", markersize=2)
     axes.plot(*places[[child for child, parent in enumerate(parents) if parent < 0]].T, "r.")
-    axes.set_title("the learned tree; red: its root")
+    axes.set_title("the learned tree; red: roots")
     return figure
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from piste_workloads.circuits.fasta import BASES
@@ -13,21 +14,26 @@ GAP = "\N{LOW LINE}"  # a missing character of a text
 
 
 def spell(x: Tensor, encoding: Encoding) -> list[str]:
-    """Each row in writing; a missing character is `_`, a missing base N, a missing number `?`.
+    """Each row in writing, a label behind it.
 
     Args:
         x: `(rows, variables)`, -1 where missing.
         encoding: What the categories mean.
     """
     rows = x.cpu().numpy()
+    if not encoding.label:
+        return [spell_sequence(row, encoding) for row in rows]
+    return [f"{spell_sequence(row[:-1], encoding)} {'?' if row[-1] < 0 else row[-1]}" for row in rows]
+
+
+def spell_sequence(values: NDArray[np.int64], encoding: Encoding) -> str:
+    """Values of any number in writing; a missing character is `_`, a missing base N, a missing number `?`."""
     if encoding.kind == "tokens":
-        return [_tokens(row.tolist(), Tokenizer(encoding.tokenizer)) for row in rows]
+        return _tokens(values.tolist(), Tokenizer(encoding.tokenizer))
     if encoding.kind == "numbers":
-        return [" ".join("?" if value < 0 else str(value) for value in row) for row in rows.tolist()]
-    letters = np.array([*encoding.alphabet, GAP] if encoding.kind == "text" else [*BASES, "N"])
-    length = encoding.shape[0]
-    labels = ["" if not encoding.label else f" {'?' if row[-1] < 0 else row[-1]}" for row in rows]
-    return ["".join(letters[row[:length]]) + label for row, label in zip(rows, labels, strict=True)]
+        return " ".join("?" if value < 0 else str(value) for value in values.tolist())
+    letters = [*encoding.alphabet, GAP] if encoding.kind == "text" else [*BASES, "N"]
+    return "".join(np.array(letters)[values])
 
 
 def _tokens(row: list[int], tokenizer: Tokenizer) -> str:

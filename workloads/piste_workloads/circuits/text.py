@@ -66,9 +66,9 @@ def _tokens(section: Text, held_out: float, share: float) -> tuple[dict[str, NDA
     return parts, encoding
 
 
-def _normalised(text: str) -> str:
-    """Letters a to z in lower case; a run of anything else is one space."""
-    return re.sub("[^a-z]+", " ", text.lower())
+def _normalised(text: str, known: str = LETTERS) -> str:
+    """Lower case; a run of spaces and of anything that is not known is one space."""
+    return re.sub(f"[^{re.escape(known.replace(' ', ''))}]+", " ", text.lower())
 
 
 def encode(text: str, alphabet: str, lower: bool = False) -> NDArray[np.int64]:
@@ -79,7 +79,9 @@ def encode(text: str, alphabet: str, lower: bool = False) -> NDArray[np.int64]:
         alphabet: Its characters.
         lower: Bring the text into the alphabet of letters first.
     """
-    points = np.frombuffer((_normalised(text) if lower else text).encode("utf-32-le"), dtype=np.uint32)
+    points = np.frombuffer(
+        (_normalised(text, alphabet) if lower else text).encode("utf-32-le"), dtype=np.uint32
+    )
     known = np.frombuffer(alphabet.encode("utf-32-le"), dtype=np.uint32)
     order = np.argsort(known)
     places = order[np.searchsorted(known, points, sorter=order).clip(max=len(known) - 1)]
