@@ -1,0 +1,164 @@
+"""FisherPrompt: natural-gradient steps of a prompt, each capped in how far it moves the predictions.
+
+For each batch, with the loss L of `objectives.py` and the Fisher information of `fisher.py`::
+
+    g   = dL / dtheta
+    F   = 0.9 F + 0.1 F(batch)                                (the first batch: F(batch))
+    s   = (F + damping F_source)^-1 g
+    c   = min(step_size, sqrt(2 max_kl / (g^T s)))            predicted KL at most max_kl
+    theta <- theta - c s
+
+where c is halved until the measured KL is at most max_kl and the loss has not risen by more than 10 %; where
+that does not come about, theta stays as it is.
+
+Fisher information transforms with the prompt's coordinates, and so does the damping by the source's: steps
+are the same in any linear coordinates of the prompt. Damping by a multiple of the identity is not, nor is
+plain gradient descent.
+
+Sources: the Fisher-preconditioned prompt step is M-FISHER's; the natural gradient is Amari's (Neural Comput.
+10, 1998). The damping, the running average, the cap on the measured divergence and the roll-back are this
+project's choice: the KL that the quadratic model predicts was exceeded by the measured one severalfold. The
+published penalty on misaligned confidence is left out: on pseudo-labels, which are the most probable classes,
+it has nothing to count.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from piste_algorithms.adaptation.adapter import Adapter, PromptedModel, StepInfo
+from piste_algorithms.adaptation.fisher import fisher_factor, solve_damped
+from piste_algorithms.optimizers._checks import check_integer, check_range
+
+LARGEST_FULL = 4096
+MANY_CLASSES = 32
+_KEPT = 0.9  # of the running average of F
+_MAX_HALVINGS = 12
+_TOLERATED_RISE = 0.1  # of the loss
+
+
+class FisherPrompt(Adapter):
+    """Natural-gradient steps of a prompt, capped in the KL divergence that they cause.
+
+    Args:
+        model: `model(x, prompt) -> (batch, classes)` logits; inputs of a batch must not depend on one
+            another.
+        prompt: the prompt to begin with.
+        step_size: the largest multiple of the natural gradient, above 0; it needs no tuning to the task.
+        damping: multiple of the source's Fisher information, above 0; below 1 steps may become unstable.
+        max_kl: bound of the measured mean KL divergence of a step, in nats, above 0.
+        objective: `"information_maximization"`, `"entropy"` or `"entropy_matching"`.
+        curvature: `"full"`, for prompts of at most 4,096 entries, or `"diagonal"`, which is cheaper and
+            depends on the prompt's coordinates.
+        draws: labels drawn for an input where there are more than 32 classes; with fewer the sum is exact.
+        seed: of the generator that draws them.
+
+    Raises:
+        ValueError: if an argument is outside its range, or a full curvature is too large.
+    """
+
+    def __init__(
+        self,
+        model: PromptedModel,
+        prompt: Tensor,
+        step_size: float = 0.5,
+        damping: float = 1.0,
+        max_kl: float = 0.05,
+        objective: str = "information_maximization",
+        *,
+        curvature: str = "full",
+        draws: int = 4,
+        seed: int = 0,
+    ) -> None:
+        check_range("step_size", step_size, low=0.0, low_open=True)
+        check_range("damping", damping, low=0.0, low_open=True)
+        check_range("max_kl", max_kl, low=0.0, low_open=True)
+        check_integer("draws", draws, low=1)
+        check_integer("seed", seed, low=0)
+        if curvature not in ("full", "diagonal"):
+            raise ValueError(f'curvature must be "full" or "diagonal", got {curvature!r}')
+        super().__init__(model, prompt, objective)
+        if curvature == "full" and prompt.numel() > LARGEST_FULL:
+            raise ValueError(
+                f"prompt must have at most {LARGEST_FULL} entries for full curvature, got {prompt.numel()}: "
+                'make it smaller or use curvature="diagonal"'
+            )
+        self.step_size = float(step_size)
+        self.damping = float(damping)
+        self.max_kl = float(max_kl)
+        self.curvature = curvature
+        self._draws = draws
+        self._generator = torch.Generator(prompt.device).manual_seed(seed)
+        self._source: Tensor | None = None
+        self._average: Tensor | None = None
+
+    def fit_source(self, x: Tensor) -> None:
+        """Learn the source's predictions and its Fisher information under the first prompt.
+
+        Args:
+            x: `(n, ...)`, inputs of the source; the information has the full rank only if `n (classes - 1)`
+                is at least the number of the prompt's entries.
+
+        Raises:
+            ValueError: if `x` holds no input, or the model's logits are not finite on it.
+        """
+        super().fit_source(x)
+        self._source = self._fisher(x)
+
+    def reset(self) -> None:
+        """The first prompt again, and nothing remembered of the batches since."""
+        super().reset()
+        self._average = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that adaptation has changed: tensors, numbers and dicts of them."""
+        held = {"source": self._source, "average": self._average}
+        return {
+            **super().state_dict(),
+            **{name: None if value is None else value.clone() for name, value in held.items()},
+            "generator": self._generator.get_state(),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue from what `state_dict` returned, bit for bit."""
+        super().load_state_dict(state_dict)
+        self._source, self._average = state_dict["source"], state_dict["average"]
+        self._generator.set_state(state_dict["generator"])
+
+    def _step(self, batch: Tensor, log_probabilities: Tensor, loss: float, gradient: Tensor) -> StepInfo:
+        now = self._fisher(batch)
+        if not bool(torch.isfinite(now).all()):
+            return StepInfo(False, loss, loss, 0.0, 0.0, 0)
+        # F <- 0.9 F + 0.1 F(batch)
+        self._average = now if self._average is None else _KEPT * self._average + (1 - _KEPT) * now
+        assert self._source is not None  # the source is fitted
+        # s = (F + damping F_source)^-1 g
+        direction = self._solve(self._average + self.damping * self._source, gradient.double().flatten())
+        # c = min(step_size, sqrt(2 max_kl / (g^T s)))
+        slope = float(gradient.double().flatten() @ direction)
+        scale = min(self.step_size, (2 * self.max_kl / slope) ** 0.5) if slope > 0 else self.step_size
+        for halvings in range(_MAX_HALVINGS + 1):
+            step_size = scale * 0.5**halvings
+            # theta - c s
+            moved = (self.prompt - (step_size * direction).view_as(self.prompt)).to(self.prompt.dtype)
+            loss_after, kl = self._measure(batch, moved, log_probabilities)
+            if kl <= self.max_kl and loss_after <= loss + _TOLERATED_RISE * abs(loss):  # false for NaN
+                self.prompt.copy_(moved)
+                return StepInfo(True, loss, loss_after, kl, step_size, halvings)
+        return StepInfo(False, loss, loss, 0.0, 0.0, _MAX_HALVINGS)
+
+    def _fisher(self, x: Tensor) -> Tensor:
+        """`(d, d)`, or `(d,)` of a diagonal curvature, float64."""
+        with torch.no_grad():
+            classes = self.model(x[:1], self.prompt).shape[-1]
+        draws = self._draws if classes > MANY_CLASSES else None
+        rows = fisher_factor(self.model, self.prompt, x, draws=draws, generator=self._generator)
+        return rows.T @ rows if self.curvature == "full" else rows.square().sum(0)
+
+    def _solve(self, curvature: Tensor, gradient: Tensor) -> Tensor:
+        if self.curvature == "full":
+            return solve_damped(curvature, gradient)
+        return torch.where(curvature > 0, gradient / curvature, torch.zeros_like(gradient))

@@ -1,0 +1,124 @@
+"""What a prompt may be: three ways to make `model(x, prompt) -> logits` of a torch classifier.
+
+Each holds a frozen copy of the classifier in evaluation mode, so nothing but the prompt can change a
+prediction.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+
+from piste_algorithms.optimizers._checks import check_integer
+
+NORMALIZATIONS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)  # _NormBase: batch and instance
+
+Part = TypeVar("Part", bound=Callable[..., Tensor])
+
+
+class AdditivePrompt(nn.Module):
+    """Adds the prompt to every input: `classifier(x + prompt)`.
+
+    Args:
+        classifier: `classifier(x) -> (batch, classes)` logits.
+    """
+
+    def __init__(self, classifier: nn.Module) -> None:
+        super().__init__()
+        self.classifier = _frozen(classifier)
+
+    def initial(self, x: Tensor) -> Tensor:
+        """Zeros of the shape of one of the inputs `x`, `(batch, ...)`: the classifier as it is."""
+        return torch.zeros_like(x[0])
+
+    def forward(self, x: Tensor, prompt: Tensor) -> Tensor:
+        """Logits `(batch, classes)`."""
+        logits: Tensor = self.classifier(x + prompt)
+        return logits
+
+
+class TokenPrompt(nn.Module):
+    """Puts the prompt's tokens before those of every input: `classify([prompt, embed(x)])`.
+
+    Args:
+        embed: inputs to tokens `(batch, time, width)`.
+        classify: tokens of any number to logits `(batch, classes)`.
+    """
+
+    def __init__(self, embed: Callable[[Tensor], Tensor], classify: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.embed = _frozen(embed)
+        self.classify = _frozen(classify)
+
+    @staticmethod
+    def initial(
+        tokens: int, width: int, generator: torch.Generator, dtype: torch.dtype = torch.float32
+    ) -> Tensor:
+        """Normal tokens `(tokens, width)` with a standard deviation of 0.02, on the generator's device.
+
+        Raises:
+            ValueError: if `tokens` or `width` is below 1.
+        """
+        check_integer("tokens", tokens, low=1)
+        check_integer("width", width, low=1)
+        drawn = torch.randn(tokens, width, generator=generator, device=generator.device, dtype=dtype)
+        return 0.02 * drawn
+
+    def forward(self, x: Tensor, prompt: Tensor) -> Tensor:
+        """Logits `(batch, classes)`."""
+        tokens = self.embed(x)
+        return self.classify(torch.cat([prompt.expand(len(tokens), *prompt.shape), tokens], dim=1))
+
+
+class NormalizationPrompt(nn.Module):
+    """The prompt is the gains and shifts of the classifier's normalisation layers, in one vector.
+
+    Args:
+        classifier: `classifier(x) -> (batch, classes)` logits, with normalisation layers that have gains.
+        batch_statistics: whether batch normalisation uses each batch's own statistics, as TENT does;
+            predictions then depend on the other inputs of their batch, so that `FisherPrompt` cannot use it.
+
+    Raises:
+        ValueError: if the classifier has no such layer.
+    """
+
+    def __init__(self, classifier: nn.Module, batch_statistics: bool = False) -> None:
+        super().__init__()
+        self.classifier = _frozen(classifier)
+        self.names: list[str] = []
+        for name, module in self.classifier.named_modules():
+            if isinstance(module, NORMALIZATIONS):
+                own = [f"{name}.{key}".lstrip(".") for key, _ in module.named_parameters(recurse=False)]
+                self.names.extend(own)
+            if batch_statistics and isinstance(module, _BatchNorm):
+                module.train()
+                module.track_running_stats = False
+                module.running_mean = module.running_var = None
+        if not self.names:
+            raise ValueError("classifier must have normalisation layers with gains, and it has none")
+
+    def initial(self) -> Tensor:
+        """The classifier's own gains and shifts, one vector."""
+        return torch.cat([self.classifier.get_parameter(name).detach().flatten() for name in self.names])
+
+    def forward(self, x: Tensor, prompt: Tensor) -> Tensor:
+        """Logits `(batch, classes)`."""
+        shapes = [self.classifier.get_parameter(name).shape for name in self.names]
+        pieces = torch.split(prompt, [shape.numel() for shape in shapes])
+        views = [piece.view(shape) for piece, shape in zip(pieces, shapes, strict=True)]
+        named = dict(zip(self.names, views, strict=True))
+        logits: Tensor = functional_call(self.classifier, named, (x,))
+        return logits
+
+
+def _frozen(part: Part) -> Part:
+    kept = copy.deepcopy(part)
+    if isinstance(kept, nn.Module):
+        kept.eval().requires_grad_(False)
+    return kept
