@@ -20,7 +20,7 @@ from piste_workloads.circuits.data import open_rows
 from piste_workloads.circuits.evaluation import Held, evaluate
 from piste_workloads.circuits.pictures import draw
 from piste_workloads.circuits.progress import Progress, likelihoods, of_updates
-from piste_workloads.circuits.rows import Rows
+from piste_workloads.circuits.rows import Encoding
 from piste_workloads.grokking.points import seeded
 from piste_workloads.hardware import now
 
@@ -89,7 +89,7 @@ def train(config: Config, run: Run) -> None:
         run.log(metrics, last)
         stop = run.mean(float(run.should_stop)) > 0.0  # asked on one worker, agreed on by all
         if stop or final or config.checkpoints.due(last, config.train.epochs):
-            run.report({}, last, checkpoint=_state(circuit, learner, rows))
+            run.report({}, last, checkpoint=state_of(circuit, rows.encoding) | learner.state())
         elif validated:
             run.report({}, last)
         if stop and not final:
@@ -146,6 +146,10 @@ class Learner:
             "time/rows_per_s": size / seconds,
         }
 
+    def state(self) -> dict[str, Any]:
+        """The part of a checkpoint from which learning goes on."""
+        return {"rule": self.rule.state_dict(), "progress": self.progress.state()}
+
     def _update(self) -> StepInfo:
         """Sums what all workers have gathered; then all make the same update."""
         if self._run.world_size > 1:
@@ -165,15 +169,13 @@ def _ended(config: Config, progress: Progress, epoch: int) -> bool:
     return epoch >= config.train.epochs or (patience > 0 and progress.since >= patience)
 
 
-def _state(circuit: Circuit, learner: Learner, rows: Rows) -> dict[str, Any]:
-    """A checkpoint's content: enough to go on, and to answer the verbs without the data."""
+def state_of(circuit: Circuit, encoding: Encoding) -> dict[str, Any]:
+    """The part of a checkpoint that answers the verbs: the circuit, and what its categories mean."""
     return {
         "circuits": FORMAT,
         "structure": json.dumps(to_json(circuit.structure)),
         "model": circuit.parameters(),
-        "rule": learner.rule.state_dict(),
-        "progress": learner.progress.state(),
-        "encoding": rows.encoding.state(),
+        "encoding": encoding.state(),
     }
 
 
