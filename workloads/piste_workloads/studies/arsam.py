@@ -240,9 +240,10 @@ claims = (
         EQUAL,
         -1.0,
         "above",
-        "supported",
+        "inconclusive",
         difference("photos", "sam"),
         unit="points",
+        note="Recorded after a first run: 0.16 points below, but seeds differ by so much that 5 do not settle it.",
     ),
     Claim(
         "photos-throughput",
@@ -311,9 +312,10 @@ claims = (
         EQUAL,
         -1.0,
         "above",
-        "supported",
+        "inconclusive",
         difference("quantization", "sam", quantization__bits=2),
         unit="points",
+        note="Recorded after a first run: 1.1 points below, from 3.0 below to 0.7 above with 95 % confidence.",
     ),
     Claim(
         "quantization-throughput",
