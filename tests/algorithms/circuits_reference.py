@@ -21,6 +21,7 @@ from piste_algorithms.circuits import (
     pd,
     pdhclt,
 )
+from piste_algorithms.circuits.structure import Region
 
 
 def generator(seed: int) -> torch.Generator:
@@ -48,7 +49,7 @@ def tied_tree(dtype: torch.dtype = torch.float64) -> Circuit:
     """One matrix for all edges of a star, one table for all leaves: folds that share parameters."""
     leaves = [Leaf(variable, "emission") for variable in range(5)]
     edges = [Sum((variable,), "transition") for variable in range(1, 5)]
-    regions = (*leaves, *edges, Product((0, 5, 6, 7, 8)), Sum((9,), "initial"))
+    regions: tuple[Region, ...] = (*leaves, *edges, Product((0, 5, 6, 7, 8)), Sum((9,), "initial"))
     tables = {
         "initial": Table((3,), "weights"),
         "transition": Table((3, 3), "weights"),
@@ -89,7 +90,8 @@ def randomised(structure: Structure, dtype: torch.dtype) -> Circuit:
         for name, table in structure.tables.items()
     }
     return Circuit(
-        structure, {name: (value / value.sum(-1, keepdim=True)).to(dtype) for name, value in parameters.items()}
+        structure,
+        {name: (value / value.sum(-1, keepdim=True)).to(dtype) for name, value in parameters.items()},
     )
 
 
@@ -149,7 +151,8 @@ def _leaf(kind: str, matrix: Tensor, seen: Tensor) -> Tensor:
     if kind == "gaussian":
         if bool(seen.isnan()):
             return torch.ones_like(matrix[:, 0])
-        return torch.distributions.Normal(matrix[:, 0], matrix[:, 1].sqrt()).log_prob(seen).exp()
+        mean, variance = matrix.unbind(-1)
+        return (-((seen - mean) ** 2) / (2 * variance)).exp() / (2 * math.pi * variance).sqrt()
     return matrix.sum(-1) if int(seen) < 0 else matrix[:, int(seen)]
 
 

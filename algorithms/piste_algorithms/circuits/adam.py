@@ -70,9 +70,11 @@ class AdamCircuit(LearningRule):
             ValueError: if it is the state of another rule or another circuit.
         """
         super().load_state_dict(state)
-        with torch.no_grad():
-            for name, tensor in self._free.items():
-                tensor.copy_(state["free"][name])
+        for name, tensor in self._free.items():
+            known = state["free"].get(name)
+            if known is None or known.shape != tensor.shape:
+                raise ValueError(f"free[{name!r}] must be of shape {tuple(tensor.shape)}, as in the circuit")
+            tensor.detach().copy_(known)
         self._adam.load_state_dict(state["adam"])
 
     def _learn(self, flows: dict[str, Tensor], samples: float) -> tuple[float | None, Tensor | None]:

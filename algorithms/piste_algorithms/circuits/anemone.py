@@ -96,8 +96,8 @@ class Anemone(LearningRule):
         for name, table in self.circuit.structure.tables.items():
             parameters, statistics = self.circuit.tables[name], flows[name]
             # G = alpha F / M + (1 - alpha) TD theta
+            share = mass(table, statistics) * (step_size / samples)
             statistics.mul_(step_size / samples)
-            share = mass(table, statistics)
             statistics.addcmul_(expected[name][..., None], moments(table, parameters), value=1 - step_size)
             # eta = alpha F_n / M / G_n
             whole = share + (1 - step_size) * expected[name]

@@ -198,5 +198,5 @@ class Chain:
             if scale is not None:
                 log_likelihood += scale[0]
         # log p(x) = sum_t log c_t
-        log_likelihood += norms.double().log_().sum(0)
+        log_likelihood += norms.double().log().sum(0)
         return log_likelihood, norms

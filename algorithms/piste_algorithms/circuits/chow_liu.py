@@ -3,8 +3,9 @@
     I(i, j) = sum_{a, b} p(a, b) log(p(a, b) / (p(a) p(b)))           categories, p the empirical distribution
     I(i, j) = -log(1 - r_ij^2) / 2                                     real values, r the correlation
 
-The tree is a maximum spanning tree of I, its root the middle of its longest path, so that it is as shallow as it
-can be. Source: Chow and Liu, "Approximating discrete probability distributions with dependence trees" (1968).
+The tree is a maximum spanning tree of I, its root the middle of its longest path, so that it is as shallow as
+it can be. Source: Chow and Liu, "Approximating discrete probability distributions with dependence trees"
+(1968).
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ def chow_liu_tree(data: Tensor, num_categories: int | None = None, bins: int | N
 
 
 def spanning_tree(weights: Tensor) -> list[int]:
-    """The parent of each vertex in a maximum spanning tree of `(vertices, vertices)` weights, -1 for its center."""
+    """Parents in a maximum spanning tree of `(vertices, vertices)` weights, -1 for its center."""
     matrix: NDArray[np.float64] = weights.double().cpu().numpy()
     size = len(matrix)
     # Prim: the vertex that is tied strongest to the tree joins it.
@@ -92,14 +93,17 @@ def check_data(data: Tensor, num_categories: int | None) -> int | None:
     """The number of categories of data, None for real values.
 
     Raises:
-        ValueError: if `data` is no matrix of whole or floating-point numbers with a row, or a value is outside.
+        ValueError: if `data` is no matrix of whole or floating-point numbers with a row, or a value is
+            outside.
     """
     if not isinstance(data, Tensor) or data.ndim != 2 or 0 in data.shape or data.dtype == torch.bool:
         found = f"{tuple(data.shape)} {data.dtype}" if isinstance(data, Tensor) else type(data).__name__
         raise ValueError(f"data must be a tensor (samples, variables) of numbers, got {found}")
     if data.is_floating_point():
         if num_categories is not None:
-            raise ValueError(f"num_categories must be None for real values ({data.dtype}), got {num_categories}")
+            raise ValueError(
+                f"num_categories must be None for real values ({data.dtype}), got {num_categories}"
+            )
         if bool(data.isinf().any()):
             raise ValueError("data must be finite or missing (NaN), got an infinite value")
         return None
@@ -116,7 +120,7 @@ def check_data(data: Tensor, num_categories: int | None) -> int | None:
 
 
 def _farthest(neighbours: list[list[int]], start: int) -> tuple[int, list[int]]:
-    """The vertex that is most edges away from `start`, and every vertex's neighbour on the way back, -1 for it."""
+    """A vertex that is most edges away from `start`, and the next vertex on the way back of each one."""
     back = [-2] * len(neighbours)
     back[start] = -1
     reached = [start]
@@ -129,7 +133,7 @@ def _farthest(neighbours: list[list[int]], start: int) -> tuple[int, list[int]]:
 
 
 def _of_categories(data: Tensor, count: int) -> Tensor:
-    samples, variables = data.shape
+    variables = data.shape[1]
     found = torch.zeros((variables, variables), dtype=torch.float64)
     block = max(1, min(variables, _BLOCK_ENTRIES // (count * count * variables)))
     rows = max(1, _BLOCK_ENTRIES // (variables * count))
@@ -145,7 +149,9 @@ def _of_categories(data: Tensor, count: int) -> Tensor:
         p = counts / counts.sum((2, 3), keepdim=True).clamp_min(1.0)
         independent = p.sum(3, keepdim=True) * p.sum(2, keepdim=True)
         # I = sum p log(p / (p_a p_b)), with 0 log 0 = 0
-        ratio = torch.where(p > 0, p / torch.where(p > 0, independent, torch.ones_like(p)), torch.ones_like(p))
+        ratio = torch.where(
+            p > 0, p / torch.where(p > 0, independent, torch.ones_like(p)), torch.ones_like(p)
+        )
         found[start:stop] = (p * ratio.log()).sum((2, 3))
     found.fill_diagonal_(0.0)
     return (found + found.T).div_(2).clamp_min_(0.0)

@@ -26,9 +26,9 @@ from piste_algorithms.circuits.tables import (
 )
 
 # Batches are evaluated in pieces. On a CPU what a piece holds is at most twice the parameters and the
-# activations of the whole batch in one layer, but a piece has at least so many rows; elsewhere a piece holds
-# 2 GiB.
-_LEAST_ROWS = 16
+# activations of the whole batch in one layer, or 4 MiB, about what stays in cache, if that is more; elsewhere
+# it is 2 GiB.
+_CPU_PIECE_BYTES = 2**22
 _PIECE_BYTES = 2**31
 
 
@@ -226,10 +226,10 @@ class Circuit:
         size = self.dtype.itemsize
         if self.device.type == "cpu":
             held = sum(table.numel() for table in self.tables.values())
-            limit = 2 * (held + batch * self._engine.layer_entries) * size
+            limit = max(_CPU_PIECE_BYTES, 2 * (held + batch * self._engine.layer_entries) * size)
         else:
             limit = _PIECE_BYTES
-        return max(_LEAST_ROWS, limit // (entries * size))
+        return max(1, limit // (entries * size))
 
     def _slow_rows(self) -> int:
         """Rows of a piece in the log domain, whose sums hold an edge's number for each row."""

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from piste_algorithms.circuits.folding import Fold, Gather, Rows, fold, take
 from piste_algorithms.circuits.leaves import Leaves, make_leaves
+from piste_algorithms.circuits.log_domain import IMPOSSIBLE, LOG_ZERO
 from piste_algorithms.circuits.structure import Structure
 from piste_algorithms.circuits.tables import stacked
 
@@ -33,7 +34,8 @@ class Folded:
     def __init__(self, structure: Structure, device: torch.device) -> None:
         self.structure = structure
         self.folding = fold(structure, device)
-        held = sum(width * count for width, count in self.folding.value_rows.items())
+        kept = (*self.folding.value_rows.items(), *self.folding.log_rows.items())
+        held = sum(width * count for width, count in kept)
         moved = sum(width * count for width, count in self.folding.flow_rows.items())
         largest = max(
             len(each.regions) * (each.width + sum(child.width for child in each.children))
@@ -112,6 +114,9 @@ class _Pass:
             width: some.new_empty((count, len(x), width))
             for width, count in engine.folding.value_rows.items()
         }
+        self.logs = {
+            width: some.new_empty((count, len(x), width)) for width, count in engine.folding.log_rows.items()
+        }
         self.scales = some.new_zeros((len(engine.structure.regions), len(x)), dtype=torch.float64)
         self.leaves: dict[int, Leaves] = {}
 
@@ -120,10 +125,12 @@ class _Pass:
         for number, each in enumerate(self.engine.folding.folds):
             if each.kind == "leaf":
                 self._leaf(number, each)
-            elif each.kind == "product":
-                self._product(each)
-            else:
+            elif each.kind == "sum":
                 self._sum(each)
+            elif each.logarithmic:
+                self._log_product(each)
+            else:
+                self._product(each)
         # log p(x) = log v_root + s_root
         return self.values[1][-1, :, 0].double().log() + self.scales[-1]
 
@@ -137,7 +144,11 @@ class _Pass:
             None if self.statistics is None else self.statistics[each.table],
         )
         self.leaves[number] = leaves
-        self.values[each.width][each.start : each.stop] = leaves.values(0, len(each.regions))
+        here = self.values[each.width][each.start : each.stop]
+        if each.logarithmic:
+            here.copy_(leaves.log_values(0, len(each.regions)))
+            return
+        here.copy_(leaves.values(0, len(each.regions)))
         scale = leaves.scale(0, len(each.regions))
         if scale is not None:
             self.scales[each.regions] = scale.double()
@@ -161,6 +172,27 @@ class _Pass:
         largest = total.amax(-1, keepdim=True)
         torch.mul(total, largest.clamp_min(self.tiny).reciprocal_(), out=buffer[each.start : each.stop])
         self.scales[each.regions] = scale.add_(_log(largest[..., 0]))
+
+    def _log_product(self, each: Fold) -> None:
+        """A product of leaves alone: the logarithms of a row's nodes may be any distance apart."""
+        total = self.logs[each.width][each.log_start : each.log_start + len(each.regions)]
+        scale = torch.zeros_like(self.scales[: len(each.regions)])
+        for place, child in enumerate(each.children):
+            buffer = self.logs if child.form == "buffer" else self.values
+            term = take(buffer[each.width], child.values)
+            if child.form == "values":
+                term = term.log()
+                scale += self.scales.index_select(0, child.regions)
+            if place == 0:
+                total.copy_(term)
+            else:
+                total.add_(term)
+        total.add_(scale.to(total.dtype)[..., None]).clamp_min_(LOG_ZERO)
+        # v = exp(log v - m),   s = m
+        largest = total.amax(-1, keepdim=True)
+        found = (total - largest).exp_().masked_fill_(total < IMPOSSIBLE, 0.0)
+        self.values[each.width][each.start : each.stop] = found
+        self.scales[each.regions] = largest[..., 0].double()
 
     def _sum(self, each: Fold) -> None:
         weights = take(stacked(self.tables[each.table]), each.indices)
@@ -228,7 +260,7 @@ class _Pass:
 
 def _log(largest: Tensor) -> Tensor:
     """Its logarithm in float64, and of zero a number that no other scale comes near."""
-    return largest.double().log_().clamp_min_(-1e30)
+    return largest.double().log().clamp_min_(LOG_ZERO)
 
 
 def _hand_down(buffer: Tensor, child: Gather, flow: Tensor) -> None:

@@ -2,7 +2,8 @@
 
     p(x) = sum_z pi[z_root] prod_{i != root} A_i[z_parent(i), z_i] prod_i E_i[z_i, x_i]
 
-Source: Liu and Van den Broeck, "Tractable regularization of probabilistic circuits" (arXiv:2106.02264), section 4.
+Source: Liu and Van den Broeck, "Tractable regularization of probabilistic circuits" (arXiv:2106.02264),
+section 4.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ def hclt(
     """A hidden Chow-Liu tree with random parameters, its tree learnt from data.
 
     Args:
-        data: `(samples, variables)`, whole numbers with -1 where missing, or floating-point with NaN where missing;
-            then leaves are normal, their means drawn around those of the data.
+        data: `(samples, variables)`, whole numbers with -1 where missing, or floating-point with NaN where
+            missing; then leaves are normal, their means drawn around those of the data.
         num_latents: states of every latent variable.
         num_categories: of all variables; None: the largest value in the data and one, or real values.
         bins: for the tree alone, take the categories of a variable together in so many equal ranges.
@@ -41,9 +42,9 @@ def hclt(
         spread: rows of the tables are exp(-spread U[0, 1]), normalised.
 
     Returns:
-        A circuit with the tables `initial` (num_latents,), `transition` (variables - 1, num_latents, num_latents), a
-        matrix an edge, and `emission` (variables, num_latents, num_categories) or (variables, num_latents, 2);
-        `structure.description["parents"]` is the tree.
+        A circuit with the tables `initial` (num_latents,), `transition` (variables - 1, num_latents,
+        num_latents), a matrix an edge, and `emission` (variables, num_latents, num_categories) or (variables,
+        num_latents, 2); `structure.description["parents"]` is the tree.
 
     Raises:
         ValueError: if an argument is outside its range.
@@ -65,8 +66,8 @@ def hclt(
 def add_forest(regions: list[Region], parents: Sequence[int]) -> dict[int, int]:
     """Append the latent trees of `parents` to the regions.
 
-    Leaves use `emission[variable]`, edges `transition[number]`, numbered from the leaves up so that a fold's matrices
-    lie side by side.
+    Leaves use `emission[variable]`, edges `transition[number]`, numbered from the leaves up so that a fold's
+    matrices lie side by side.
 
     Returns:
         By root, the region whose nodes are the states of the root's latent variable.

@@ -29,6 +29,9 @@ class Leaves(Protocol):
     def values(self, start: int, stop: int) -> Tensor:
         """Values of the regions `start:stop`, `(stop - start, batch, nodes)`."""
 
+    def log_values(self, start: int, stop: int) -> Tensor:
+        """Logarithms of values and scale together."""
+
     def scale(self, start: int, stop: int) -> Tensor | None:
         """Their logarithmic scale `(stop - start, batch)`; None: zero."""
 
@@ -65,6 +68,10 @@ class CategoricalLeaves:
         if any(self.any_missing[start:stop]):
             found.masked_fill_(self.missing[start:stop, :, None], 1.0)
         return found
+
+    def log_values(self, start: int, stop: int) -> Tensor:
+        """Logarithms of `values`."""
+        return self.values(start, stop).log_()
 
     def scale(self, start: int, stop: int) -> None:
         """No scale: probabilities are at most 1."""
@@ -108,7 +115,8 @@ class GaussianLeaves:
         self.indices = indices
         self.statistics = None if statistics is None else stacked(statistics)
 
-    def _log_density(self, start: int, stop: int) -> Tensor:
+    def log_values(self, start: int, stop: int) -> Tensor:
+        """Log densities, 0 where the value is missing."""
         variance = self.variance[start:stop, None, :]
         # log N(x; m, s) = -((x - m)^2 / s + log(2 pi s)) / 2
         square = (self.x[start:stop, :, None] - self.mean[start:stop, None, :]).square() / variance
@@ -117,12 +125,12 @@ class GaussianLeaves:
 
     def values(self, start: int, stop: int) -> Tensor:
         """Densities, the largest of a region 1."""
-        found = self._log_density(start, stop)
+        found = self.log_values(start, stop)
         return (found - found.amax(-1, keepdim=True)).exp_()
 
     def scale(self, start: int, stop: int) -> Tensor:
         """Logarithm of the largest density of a region."""
-        return self._log_density(start, stop).amax(-1)
+        return self.log_values(start, stop).amax(-1)
 
     def add_flows(self, start: int, stop: int, flows: Tensor) -> None:
         """F_n (1, x, x^2) where x is there, and F_n times the node's moments where it is missing."""

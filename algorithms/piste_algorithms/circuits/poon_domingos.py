@@ -1,12 +1,12 @@
 """Poon-Domingos circuits of arrays: every box of a grid is a mixture over the ways to cut it in two.
 
-A variable is a cell of an array. Cuts lie at the multiples of `split`; a box that can be cut has `num_latents` nodes, each a
-mixture of the products of the two parts of every cut (node k with node k), and shares its parts with other boxes.
-A box that cannot be cut is a product of independent leaves (`pd`), or a hidden Chow-Liu tree with as many roots
-(`pdhclt`).
+A variable is a cell of an array. Cuts lie at the multiples of `split`; a box that can be cut has
+`num_latents` nodes, each a mixture of the products of the two parts of every cut (node k with node k), and
+shares its parts with other boxes. A box that cannot be cut is a product of independent leaves (`pd`), or a
+hidden Chow-Liu tree with as many roots (`pdhclt`).
 
-Sources: Poon and Domingos, "Sum-product networks: a new deep architecture" (2011); with trees at the bottom as in Liu et
-al., "Rethinking probabilistic circuit parameter learning" (2025).
+Sources: Poon and Domingos, "Sum-product networks: a new deep architecture" (2011); with trees at the bottom
+as in Liu et al., "Rethinking probabilistic circuit parameter learning" (2025).
 """
 
 from __future__ import annotations
@@ -43,15 +43,16 @@ def pd(
         shape: sides of the array, such as `(28, 28)` or `(1167,)`.
         num_latents: nodes of a box.
         num_categories: categories of a variable, or None for real values with normal densities.
-        split: side of the smallest boxes, one for all axes or one each; None: a quarter of each side, rounded up.
+        split: side of the smallest boxes, one for all axes or one each; None: a quarter of each side, rounded
+            up.
         max_cuts: ways to cut a box that are used, drawn where there are more.
         generator: draws cuts and parameters; None: one of seed 0.
         dtype: float32 or float64.
         spread: rows of the tables are exp(-spread U[0, 1]), normalised.
 
     Returns:
-        A circuit with the tables `emission` (variables, num_latents, num_categories), `mixture_m` for the boxes
-        with m cuts, (boxes, num_latents, m num_latents), and `initial`, the root's.
+        A circuit with the tables `emission` (variables, num_latents, num_categories), `mixture_m` for the
+        boxes with m cuts, (boxes, num_latents, m num_latents), and `initial`, the root's.
 
     Raises:
         ValueError: if an argument is outside its range.
@@ -104,9 +105,9 @@ def pdhclt(
         spread: see `pd`.
 
     Returns:
-        A circuit with the tables of `pd`, `transition` (edges, num_latents, num_latents) of the trees, and `bottom`
-        (trees, num_latents, num_latents), the weights of the trees' roots; `structure.description["parents"]` is
-        the forest.
+        A circuit with the tables of `pd`, `transition` (edges, num_latents, num_latents) of the trees, and
+        `bottom` (trees, num_latents, num_latents), the weights of the trees' roots;
+        `structure.description["parents"]` is the forest.
 
     Raises:
         ValueError: if an argument is outside its range.

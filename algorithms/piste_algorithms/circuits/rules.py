@@ -151,6 +151,7 @@ class LearningRule:
     def state_dict(self) -> dict[str, Any]:
         """Everything but the circuit's parameters: tensors, numbers and dicts of them."""
         return {
+            "rule": type(self).__name__,
             "updates": self.updates,
             "batches": self._batches,
             "gathered": {name: tensor.clone() for name, tensor in (self._gathered or {}).items()},
@@ -165,6 +166,8 @@ class LearningRule:
         missing = [name for name in self.state_dict() if name not in state]
         if missing:
             raise ValueError(f"state must hold {', '.join(missing)}, got {', '.join(state)}")
+        if state["rule"] != type(self).__name__:
+            raise ValueError(f"state must be that of {type(self).__name__}, got that of {state['rule']}")
         gathered = self._moved("gathered", state["gathered"])
         self.updates, self._batches = int(state["updates"]), int(state["batches"])
         self._gathered = gathered or None
