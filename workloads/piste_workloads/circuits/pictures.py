@@ -19,16 +19,15 @@ from piste_workloads.circuits.spelling import spell
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-Curve = Sequence[Mapping[str, float]]  # a mapping a validation
+Curve = Sequence[Mapping[str, float]]  # a mapping a validation, with the keys of `AXES`
 
 AXES = {"epoch": "epochs", "cost/updates": "updates", "time/train_s": "seconds of updates"}
 
 
 def draw(run: Run, config: Config, circuit: Circuit, rows: Rows, progress: Progress, step: int) -> None:
     """Keeps the pictures and tables of a run that has ended."""
-    for across, name in AXES.items():
-        series = {part: (progress.curve, f"{part}/log_likelihood") for part in ("train", "valid")}
-        run.figure(f"log-likelihood-{name.split()[0]}", curves(series, across, config.rule.name), step)
+    series = {part: (progress.curve, f"{part}/log_likelihood") for part in ("train", "valid")}
+    run.figure("log-likelihood", curves(series, config.rule.name), step)
     if "parents" in circuit.structure.description:
         parents = circuit.structure.description["parents"]
         run.figure("tree", tree(parents, rows.encoding), step)
@@ -36,23 +35,24 @@ def draw(run: Run, config: Config, circuit: Circuit, rows: Rows, progress: Progr
         _draw_samples(run, circuit, rows, config.train.samples, step)
 
 
-def curves(series: Mapping[str, tuple[Curve, str]], across: str, title: str) -> Figure:
-    """Log-likelihoods of runs, or of parts of one, against epochs, updates or seconds.
+def curves(series: Mapping[str, tuple[Curve, str]], title: str) -> Figure:
+    """Log-likelihoods of runs, or of parts of one, against epochs, updates and seconds.
 
     Args:
         series: By name, the points of a curve and the key of the log-likelihood in them.
-        across: The other key: one of `AXES`.
         title: Above the picture.
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6.0, 4.0), layout="constrained")
-    axes = figure.add_subplot()
-    for name, (points, key) in series.items():
-        axes.plot([p[across] for p in points], [p[key] for p in points], marker=".", label=name)
-    axes.set(xlabel=AXES[across], ylabel="log-likelihood (nats a row)", title=title)
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
+    figure = Figure(figsize=(11.0, 4.0), layout="constrained")
+    for axes, (key, label) in zip(figure.subplots(1, len(AXES), sharey=True), AXES.items(), strict=True):
+        for name, (points, up) in series.items():
+            axes.plot([p[key] for p in points], [p[up] for p in points], marker=".", label=name)
+        axes.set(xlabel=label)
+        axes.grid(alpha=0.3)
+    figure.axes[0].set(ylabel="log-likelihood (nats a row)")
+    figure.axes[0].legend(frameon=False)
+    figure.suptitle(title)
     return figure
 
 
