@@ -296,6 +296,8 @@ def test_bad_scores_are_named() -> None:
         detector.update_many(np.zeros((2, 3)))
     with pytest.raises(ValueError, match="scores must be a vector of numbers"):
         detector.update_many(["a", "b"])
+    with pytest.raises(ValueError, match="scores must be a vector of numbers"):
+        detector.update(cast("float", "a"))
     with pytest.raises(ValueError, match="scores must vary"):
         detector.calibrate(np.ones(1000))
 

@@ -2,17 +2,18 @@
 
 Run: `python tests/bench/bench_martingales.py [--streams 2000] [--length 10000] [--delays 300] [--peers 40]
 [--events 2000000]`; with `--streams 40 --delays 20 --peers 5 --events 100000` it takes seconds, and figures
-are rough. One line a figure: name, ours, peer or bound, ratio, target, PASS or MISS; exit code 1 if one misses.
+are rough. One line a figure: name, ours, peer or bound, ratio, target, PASS or MISS; exit code 1 if one
+misses.
 
 Events a second are of processor time, medians of five. False alarms: null streams of three laws of scores,
-each with a calibration sample of its own, at a rate of 0.05. The target is 0.05 and three standard errors. The
-bound `plugin`, which has no margin, must break it where calibration points are few. Delays: gamma scores, 2,000
-calibration points, shifts in standard deviations; the bound is log(2 / rate) / gain of `expected_delay`. A late
-shift comes after 1,000 events.
+each with a calibration sample of its own, at a rate of 0.05. The target is 0.05 and three standard errors.
+The bound `plugin`, which has no margin, must break it where calibration points are few. Delays: gamma scores,
+2,000 calibration points, shifts in standard deviations; the bound is log(2 / rate) / gain of
+`expected_delay`. A late shift comes after 1,000 events.
 
-river's detectors promise no level over a stream. Each is given the setting, out of a few, whose mean delay of a
-late shift of one standard deviation is nearest to ours, and then the same null streams (KSWIN, which takes a
-thousand times as long, a tenth of them).
+river's detectors promise no level over a stream. Each is given the setting, out of a few, whose mean delay of
+a late shift of one standard deviation is nearest to ours, and then the same null streams (KSWIN, which takes
+a thousand times as long, a tenth of them).
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ class Table:
         self, name: str, ours: float, peer: float | None, target: float | None = None, kind: str = "ratio"
     ) -> None:
         """One figure. `kind`: the ratio is at most the target, or ours is `at most` or `at least` it."""
-        ratio = None if peer is None else ours / peer if peer else float("nan")
+        ratio = ours / peer if peer else None
         verdict = bound = ""
         if target is not None:
             judged = ratio if kind == "ratio" else ours

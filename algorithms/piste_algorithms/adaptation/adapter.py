@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -107,7 +106,7 @@ class Adapter:
         prompt = self.prompt.detach().clone().requires_grad_()
         with torch.enable_grad():
             log_probabilities = self._log_probabilities(batch, prompt)
-            before = copy.deepcopy(self._objective.state_dict())
+            before = self._objective.state_dict()
             if bool(torch.isfinite(log_probabilities.detach().logsumexp(-1)).all()):
                 self._objective.begin(log_probabilities.detach())
                 loss = self._objective(log_probabilities)

@@ -30,7 +30,7 @@ class Alarm:
             since is largest.
         log_wealth: logarithm of the detector's statistic at the alarm.
         log_threshold: what it had to reach.
-        bet: the bet lambda that won most.
+        bet: the bet lambda that won most; kappa - 1 of a conformal detector.
         segment: 1 for the stream's first alarm, 2 for the second, ...
     """
 
@@ -84,7 +84,7 @@ class Detector:
             ValueError: if `score` is no number, or not finite where the policy is to raise.
             RuntimeError: if the detector is not calibrated.
         """
-        found = self.update_many(np.array([score], dtype=np.float64))
+        found = self.update_many([score])
         return found[0] if found else None
 
     def update_many(self, scores: Scores) -> list[Alarm]:

@@ -8,6 +8,9 @@ features::
 Source: equation 1 of M-FISHER, the sum of a divergence of the confidence and a distance of the features,
 which leaves the distance and the weight open; squared standardised distance and `alpha = 1` are this
 project's choice.
+
+The divergence is large where the model is confident, so a shift that costs it confidence lowers that part of
+the score. A detector with `two_sided=True` finds it.
 """
 
 from __future__ import annotations
