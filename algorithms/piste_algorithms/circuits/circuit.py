@@ -40,6 +40,9 @@ class Circuit:
     missing value is summed out, so that a log-likelihood is that of the observed part. Rows on which the fast
     evaluation is not sure of its digits are evaluated once more in the log domain in float64.
 
+    `tables` are the parameters themselves, which learning rules update in place; `structure.description` is
+    what the builder has to say, such as the `parents` of a learned tree.
+
     Args:
         structure: the structure.
         parameters: a tensor for every table, all of one dtype and on one device; they are copied.

@@ -83,7 +83,8 @@ class Folded:
             here = take(buffers[each.width], each.flows)
             if each.kind == "product":
                 for child in each.children:
-                    _hand_down(buffers[child.width], child, here.clone())
+                    if len(child.owners) > 0:
+                        _hand_down(buffers[child.width], child, here.clone())
                 continue
             _add_rows(masses[each.table], each.indices, here)
             if each.kind == "sum":

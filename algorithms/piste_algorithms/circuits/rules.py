@@ -22,7 +22,7 @@ from torch import Tensor
 
 from piste_algorithms.circuits.circuit import Circuit
 from piste_algorithms.circuits.schedules import Schedule, check_step_size
-from piste_algorithms.circuits.tables import from_moments, mass, moments
+from piste_algorithms.circuits.tables import from_moments, moments
 from piste_algorithms.optimizers._checks import check_range
 
 TOTALS = "totals"
@@ -57,6 +57,8 @@ class StepInfo:
 
 class LearningRule:
     """Base of the learning rules; a rule defines `_learn`.
+
+    A parameter that is zero stays zero.
 
     Args:
         circuit: the circuit whose parameters are learnt, in place.
@@ -219,6 +221,3 @@ def mix(circuit: Circuit, name: str, target: Tensor, step_size: float) -> None:
     # theta <- (1 - alpha) theta + alpha target
     mixed = torch.lerp(moments(table, parameters), moments(table, target), step_size)
     parameters.copy_(from_moments(table, mixed))
-
-
-__all__ = ["LearningRule", "StepInfo", "mass", "mix", "node_rates", "scheduled"]
