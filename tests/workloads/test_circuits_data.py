@@ -264,6 +264,10 @@ def test_data_that_cannot_be_are_refused(data: dict[str, Any], message: str) -> 
             "data.rows = 5000: digits has 1000 training images",
         ),
         ({"kind": "images", "name": "digit"}, "did you mean 'digits'"),
+        (
+            {"kind": "images", "name": "digits", "patch": 3},
+            "data.patch = 3: it does not divide the 8 x 8 of digits",
+        ),
     ],
 )
 def test_data_that_are_not_there_are_bad_input(data: dict[str, Any], message: str) -> None:

@@ -16,8 +16,9 @@ from tests.workloads.local_runs import LocalRun, RunOf
 from tests.workloads.small_recipes import SMALL_TEXT
 
 from piste.checkpoints import CheckpointStore
-from piste.config import validate
+from piste.config import override, validate
 from piste.errors import BadInput, PisteError
+from piste.running import resolve
 from piste_algorithms.circuits import Circuit
 from piste_workloads import circuits
 from piste_workloads.circuits import Config, prepare_data
@@ -243,7 +244,8 @@ def test_the_hash_is_that_of_the_rows(config_of: ConfigOf) -> None:
         ({"rule": {"name": "anemone", "step_size": 0.0}}, "step_size"),
         ({"rule": {"name": "anemone", "step_size": 1.5}}, "step_size"),
         ({"rule": {"name": "anemone", "momentum": 1.0}}, "momentum"),
-        ({"rule": {"name": "adam", "step_size": 0.1}}, "step_size"),
+        ({"rule": {"name": "adam", "step_size": 0.1}}, "adam takes no 'step_size'"),
+        ({"rule": {"name": "anemone", "step": 0.1}}, "did you mean 'step_size'"),
         ({"train__batch": 1, "resources": {"workers": 2}}, "cannot be shared"),
         ({"model": {"name": "hmm", "latents": 0}}, "latents"),
     ],
@@ -254,6 +256,17 @@ def test_recipes_that_cannot_be_are_refused(
     with pytest.raises(BadInput, match=message) as caught:
         config_of(**changes)
     assert "\n" not in str(caught.value)
+
+
+def test_a_sweep_chooses_the_rule_and_its_step_size(config_of: ConfigOf) -> None:
+    # As a sweep does: from the resolved recipe, with what it has chosen.
+    base = config_of(rule={"name": "anemone"}).model_dump(mode="json")
+    for chosen in (
+        {"rule.name": "adam", "rule.lr": 0.1},
+        {"rule.name": "mini-batch-em", "rule.step_size": 0.3},
+    ):
+        rule = resolve(override(base, chosen), "test").model_dump()["rule"]
+        assert rule == {key.removeprefix("rule."): value for key, value in chosen.items()}
 
 
 def test_a_split_that_does_not_fit_is_bad_input(run_of: RunOf) -> None:

@@ -116,7 +116,7 @@ def _dtype(config: Config) -> torch.dtype:
 
 def build_rule(config: Config, circuit: Circuit, updates: int) -> LearningRule:
     """The rule that learns the circuit's parameters in so many updates."""
-    rule = config.rule
+    rule = config.rule.settings
     if isinstance(rule, FullBatchEM):
         return circuits.FullBatchEM(circuit, rule.pseudocount)
     if isinstance(rule, OnlineEM):

@@ -6,9 +6,10 @@ import math
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from piste.config import Optimizer, Recipe, Section
+from piste.errors import nearest
 from piste_workloads.llm.config import Text as AnyText
 
 
@@ -105,6 +106,7 @@ class Pictures(Section):
     source: Literal["auto", "local", "bundled", "hub"] = "auto"
     root: Path | None = Field(default=None, description="the file or folder of a local data set")
     levels: int = Field(default=17, ge=2, le=256, description="of grey; 256: all of them")
+    patch: int = Field(default=0, ge=0, description="side of the squares that images are cut into; 0: whole")
     rows: int = Field(default=0, ge=0, description="training images; 0: all")
     validation_fraction: float = Field(default=0.1, gt=0.0, lt=1.0, description="of the training images")
 
@@ -171,7 +173,6 @@ class FullBatchEM(Section):
 
     whole_epoch: ClassVar[bool] = True
 
-    name: Literal["full-batch-em"] = "full-batch-em"
     pseudocount: float = Field(default=1e-6, ge=0.0, description="observations for each node")
 
 
@@ -187,7 +188,6 @@ class _Stepping(Section):
 class MiniBatchEM(_Stepping):
     """`[rule]` with name `mini-batch-em`: every node moves by the same share towards the batch's optimum."""
 
-    name: Literal["mini-batch-em"] = "mini-batch-em"
     step_size: float = Field(default=0.1, gt=0.0, le=1.0)
     pseudocount: float = Field(default=1e-6, ge=0.0, description="observations for each node")
 
@@ -197,7 +197,6 @@ class OnlineEM(Section):
 
     whole_epoch: ClassVar[bool] = False
 
-    name: Literal["online-em"] = "online-em"
     exponent: float = Field(default=0.6, gt=0.5, le=1.0)
     pseudocount: float = Field(default=1e-6, ge=0.0, description="observations for each node")
 
@@ -205,7 +204,6 @@ class OnlineEM(Section):
 class Anemone(_Stepping):
     """`[rule]` with name `anemone`: a node moves further, the more of the batch it explains."""
 
-    name: Literal["anemone"] = "anemone"
     step_size: float = Field(default=0.4, gt=0.0, le=1.0)
     minimum_ratio: float = Field(
         default=0.25, gt=0.0, le=1.0, description="cosine: the step size ends at this share; 1: constant"
@@ -218,13 +216,50 @@ class Anemone(_Stepping):
 class Adam(_Stepping):
     """`[rule]` with name `adam`: the gradient of the log-likelihood in the parameters' logits."""
 
-    name: Literal["adam"] = "adam"
     lr: float = Field(default=0.03, gt=0.0, le=1.0)
+
+
+Settings = FullBatchEM | MiniBatchEM | OnlineEM | Anemone | Adam
+RULES: dict[str, type[Settings]] = {
+    "full-batch-em": FullBatchEM,
+    "mini-batch-em": MiniBatchEM,
+    "online-em": OnlineEM,
+    "anemone": Anemone,
+    "adam": Adam,
+}
+
+
+class Rule(BaseModel):
+    """`[rule]`: a learning rule by its name, and its settings as extra keys.
+
+    Settings that are not given are not part of the recipe, so that a sweep can choose the name.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+    name: Literal["full-batch-em", "mini-batch-em", "online-em", "anemone", "adam"] = "anemone"
+
+    @property
+    def settings(self) -> Settings:
+        """All settings of the rule, those that are not given by their defaults."""
+        section, given = RULES[self.name], dict(self.model_extra or {})
+        for key in given:
+            if key not in section.model_fields:
+                raise ValueError(f"{self.name} takes no {key!r}{nearest(key, section.model_fields)}")
+        try:
+            return section.model_validate(given)
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            key = ".".join(map(str, first["loc"]))
+            raise ValueError(f"{key}: {first['msg']} (given: {first['input']!r})") from None
+
+    @model_validator(mode="after")
+    def _has_settings(self) -> Self:
+        self.settings  # noqa: B018 (raises where one is wrong)
+        return self
 
 
 Data = Text | Dna | Splice | Snp | Pictures
 Model = Hmm | Hclt | PoonDomingos | PoonDomingosTrees | File
-Rule = FullBatchEM | MiniBatchEM | OnlineEM | Anemone | Adam
 
 
 class Train(Section):
@@ -247,7 +282,7 @@ class Config(Recipe, frozen=True):
     workload: str = "circuits"
     data: Annotated[Data, Field(discriminator="kind")] = Text(kind="text")
     model: Annotated[Model, Field(discriminator="name")] = Hmm(name="hmm")
-    rule: Annotated[Rule, Field(discriminator="name")] = Anemone(name="anemone")
+    rule: Rule = Rule(name="anemone")
     train: Train = Train()
 
     @property
@@ -261,10 +296,11 @@ class Config(Recipe, frozen=True):
 
     def updates(self, rows: int) -> int:
         """Updates of an epoch on so many rows; what is left of the last batches makes one of its own."""
-        if self.rule.whole_epoch:
+        rule = self.rule.settings
+        if rule.whole_epoch:
             return 1
         batches = math.ceil(self.epoch_size(rows) / self.train.batch)
-        return math.ceil(batches / self.rule.updates_every) if isinstance(self.rule, Anemone) else batches
+        return math.ceil(batches / rule.updates_every) if isinstance(rule, Anemone) else batches
 
     @model_validator(mode="after")
     def _fits(self) -> Self:

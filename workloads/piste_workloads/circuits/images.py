@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from piste.errors import BadInput
 from piste_workloads.circuits.config import Pictures
 from piste_workloads.circuits.rows import Encoding, Rows, rows_of
@@ -29,8 +31,17 @@ def open_images(section: Pictures) -> Rows:
         whole = Dataset(whole.x[chosen], whole.y[chosen], whole.meta, group)
     kept, held_out = hold_out(whole, section.validation_fraction, SPLIT_SEED)
     parts = {"train": whole.x[kept], "valid": whole.x[held_out], "test": test.x}
-    arrays = {part: (x.long() * section.levels // 256).flatten(1).numpy() for part, x in parts.items()}
-    encoding = Encoding("numbers", section.levels, tuple(whole.x.shape[1:]))
+    _, height, width = whole.x.shape[1:]
+    if section.patch and (height % section.patch or width % section.patch):
+        raise BadInput(
+            f"data.patch = {section.patch}: it does not divide the {height} x {width} of {section.name}"
+        )
+    shape = (whole.x.shape[1], section.patch or height, section.patch or width)
+    arrays = {
+        part: (patches(x, section.patch).long() * section.levels // 256).flatten(1).numpy()
+        for part, x in parts.items()
+    }
+    encoding = Encoding("numbers", section.levels, shape)
     metas = {"train": whole.meta, "valid": whole.meta, "test": test.meta}
     origin = {
         part: {
@@ -41,3 +52,13 @@ def open_images(section: Pictures) -> Rows:
         for part, meta in metas.items()
     }
     return rows_of(arrays, encoding, origin)
+
+
+def patches(images: Tensor, side: int) -> Tensor:
+    """Images `(n, channels, height, width)` cut into squares that do not overlap, row by row; 0: whole."""
+    if side == 0:
+        return images
+    channels = images.shape[1]
+    # (n, channels, down, across, side, side)
+    cut = images.unfold(2, side, side).unfold(3, side, side)
+    return cut.permute(0, 2, 3, 1, 4, 5).reshape(-1, channels, side, side)

@@ -117,7 +117,7 @@ class Learner:
         size = self._config.epoch_size(len(self._train))
         order = torch.randperm(len(self._train), generator=seeded(self._run.seed, f"epoch {number}"))[:size]
         batches = torch.split(order, self._config.train.batch)
-        together = len(batches) if self._config.rule.whole_epoch else self.rule.updates_every
+        together = len(batches) if self._config.rule.settings.whole_epoch else self.rule.updates_every
         infos: list[StepInfo] = []
         for place, batch in enumerate(batches, start=1):
             mine = self._run.shard(batch)  # type: ignore[type-var]
@@ -154,7 +154,9 @@ class Learner:
         """Sums what all workers have gathered; then all make the same update."""
         if self._run.world_size > 1:
             for tensor in self.rule.accumulated().values():
-                torch.distributed.all_reduce(tensor)
+                total = tensor.contiguous()  # NCCL takes no other; a copy where the categories come first
+                torch.distributed.all_reduce(total)
+                tensor.copy_(total)
         try:
             return self.rule.update()
         except ValueError as error:
