@@ -58,7 +58,7 @@ class Table:
     def row(
         self, name: str, ours: float, peer: float, unit: str, target: float | None, faster: bool = False
     ) -> None:
-        """`peer / ours` at least the target where `faster`, else `ours / peer` at most it; None: no verdict."""
+        """`peer / ours` at least the target if `faster`, else `ours / peer` at most it; None: no verdict."""
         ratio = peer / ours if faster else ours / peer
         verdict, bound = "", ""
         if target is not None:

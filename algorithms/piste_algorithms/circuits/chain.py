@@ -10,7 +10,7 @@ t:
     w_t = e_t b_t / (c_t s_t),   F[A_t] += A_t (a_{t-1}^T w_t),   b_{t-1} = w_t A_t^T / max,   b_{T-1} = 1
 
 Messages b are scaled to a maximum of 1, so nothing overflows; a row whose s_t or c_t vanishes to rounding is
-reported, for the log domain. Source: Rabiner, "A tutorial on hidden Markov models" (1989), section V.A.
+reported, for the log domain. Source: Rabiner, "A tutorial on hidden Markov models" (1989).
 """
 
 from __future__ import annotations

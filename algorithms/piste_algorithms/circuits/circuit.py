@@ -38,7 +38,9 @@ class Circuit:
     Data are `(batch, variables)`: whole numbers with -1 where a value is missing, or, where a variable is
     real-valued, floating-point numbers with NaN where one is missing (and whole numbers for categories). A
     missing value is summed out, so that a log-likelihood is that of the observed part. Rows on which the fast
-    evaluation is not sure of its digits are evaluated once more in the log domain in float64.
+    evaluation is not sure of its digits are evaluated once more in the log domain in float64. In float32 it
+    takes for zero what is below some 1e-37 of the largest of a region's nodes: parameters that small want
+    float64.
 
     `tables` are the parameters themselves, which learning rules update in place; `structure.description` is
     what the builder has to say, such as the `parents` of a learned tree.

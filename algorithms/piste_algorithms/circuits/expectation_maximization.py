@@ -7,7 +7,7 @@ With flows F[n, c] of the data, F_n = sum_c F[n, c], M samples, pseudocount d an
     online        s[n, c] <- (1 - gamma_k) s[n, c] + gamma_k F[n, c] / M
                   theta[n, c] <- (s[n, c] + d / C_n) / (s_n + d)
 
-Sources: Peharz et al., "Einsum networks" (arXiv:2004.06231), section 3.5, for flows by a backward pass and
+Sources: Peharz et al., "Einsum networks" (arXiv:2004.06231), for flows by a backward pass and
 the mini-batch rule; Cappe and Moulines, "On-line expectation-maximization algorithm for latent data models"
 (2009), for the online one.
 """

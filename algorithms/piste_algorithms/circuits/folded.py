@@ -7,7 +7,7 @@ With values v_r exp(s_r), of which those of products have the largest entry 1:
     flows     q = F_n / v_n,   F[W] = W (q^T v_c),   F_c = v_c (W^T q)
 
 A row that vanishes to rounding, or whose flows do not add up, is reported, for the log domain. The analytic
-backward pass is that of Peharz et al., "Einsum networks" (arXiv:2004.06231), section 3.5; TD of Liu et al.,
+backward pass is that of Peharz et al., "Einsum networks" (arXiv:2004.06231); TD of Liu et al.,
 "Rethinking probabilistic circuit parameter learning" (2025).
 """
 

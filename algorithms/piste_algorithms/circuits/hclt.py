@@ -2,8 +2,7 @@
 
     p(x) = sum_z pi[z_root] prod_{i != root} A_i[z_parent(i), z_i] prod_i E_i[z_i, x_i]
 
-Source: Liu and Van den Broeck, "Tractable regularization of probabilistic circuits" (arXiv:2106.02264),
-section 4.
+Source: Liu and Van den Broeck, "Tractable regularization of probabilistic circuits" (arXiv:2106.02264).
 """
 
 from __future__ import annotations

@@ -5,10 +5,12 @@ each gathers its own rows and all sum what they gathered before the update::
 
     rule.accumulate(own_rows)                        # or nothing at all, for a worker without rows
     for tensor in rule.accumulated().values():       # the same names in the same order everywhere
-        torch.distributed.all_reduce(tensor)         # sums in place, what the rule holds
+        total = tensor.contiguous()                  # NCCL takes no other; flows of categories are transposed
+        torch.distributed.all_reduce(total)
+        tensor.copy_(total)                          # into what the rule holds
     info = rule.update()                             # the same update everywhere
 
-The same two calls sum the flows of a data set that is read in parts.
+`accumulate` and `update` also learn from a data set that is read in parts.
 """
 
 from __future__ import annotations
