@@ -28,8 +28,7 @@ class Text(AnyText):
 
     @model_validator(mode="after")
     def _leaves_some(self) -> Self:
-        if self.validation_fraction + self.test_fraction >= 1.0:
-            raise ValueError("validation_fraction + test_fraction must be below 1: the rest is learned from")
+        _check_fractions(self.validation_fraction, self.test_fraction)
         return self
 
 
@@ -93,8 +92,7 @@ class Snp(Section):
 
     @model_validator(mode="after")
     def _leaves_some(self) -> Self:
-        if self.validation_fraction + self.test_fraction >= 1.0:
-            raise ValueError("validation_fraction + test_fraction must be below 1: the rest is learned from")
+        _check_fractions(self.validation_fraction, self.test_fraction)
         return self
 
 
@@ -109,6 +107,31 @@ class Pictures(Section):
     patch: int = Field(default=0, ge=0, description="side of the squares that images are cut into; 0: whole")
     rows: int = Field(default=0, ge=0, description="training images; 0: all")
     validation_fraction: float = Field(default=0.1, gt=0.0, lt=1.0, description="of the training images")
+
+
+class Table(Section):
+    """`[data]` of kind `table`: a file of yours, a variable a column, whole numbers from 0 as categories."""
+
+    kind: Literal["table"] = "table"
+    path: Path = Field(description="CSV, Parquet or NPY; nothing, -1 or NaN is a missing value")
+    categories: int | None = Field(
+        default=None, ge=2, description="of all columns; none: the largest and one"
+    )
+    shape: tuple[int, int, int] | None = Field(
+        default=None, description="of rows that are images: channels, height, width"
+    )
+    validation_fraction: float = Field(default=0.1, gt=0.0, lt=1.0, description="of the rows")
+    test_fraction: float = Field(default=0.1, gt=0.0, lt=1.0)
+
+    @model_validator(mode="after")
+    def _leaves_some(self) -> Self:
+        _check_fractions(self.validation_fraction, self.test_fraction)
+        return self
+
+
+def _check_fractions(validation: float, test: float) -> None:
+    if validation + test >= 1.0:
+        raise ValueError("validation_fraction + test_fraction must be below 1: the rest is learned from")
 
 
 def _check_apart(*parts: tuple[str, ...]) -> None:
@@ -258,7 +281,7 @@ class Rule(BaseModel):
         return self
 
 
-Data = Text | Dna | Splice | Snp | Pictures
+Data = Text | Dna | Splice | Snp | Pictures | Table
 Model = Hmm | Hclt | PoonDomingos | PoonDomingosTrees | File
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from piste_workloads.circuits.config import Data, Dna, Snp, Splice, Text
+from piste_workloads.circuits.config import Data, Dna, Snp, Splice, Table, Text
 from piste_workloads.circuits.dna import open_dna, open_splice
 from piste_workloads.circuits.images import open_images
+from piste_workloads.circuits.own_table import open_table
 from piste_workloads.circuits.rows import Rows
 from piste_workloads.circuits.snp import open_snp
 from piste_workloads.circuits.text import open_text
@@ -24,4 +25,6 @@ def open_rows(section: Data) -> Rows:
         return open_splice(section)
     if isinstance(section, Snp):
         return open_snp(section)
+    if isinstance(section, Table):
+        return open_table(section)
     return open_images(section)

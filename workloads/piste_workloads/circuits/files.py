@@ -7,11 +7,9 @@ is a missing value.
 
 from __future__ import annotations
 
-import csv
-import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from piste.errors import BadInput
-from piste_workloads.circuits import fasta
+from piste_workloads.circuits import fasta, tables
 from piste_workloads.circuits.rows import MISSING, Encoding
 from piste_workloads.circuits.spelling import spell, spell_sequence
 from piste_workloads.circuits.text import encode
@@ -27,8 +25,6 @@ from piste_workloads.llm.tokens import Tokenizer
 
 FASTA = (".fa", ".fasta", ".fna", ".fa.gz", ".fasta.gz", ".fna.gz")
 TEXT = (".txt",)
-TABLES = (".csv", ".parquet", ".npy")
-ABSENT = {"", "?", "na", "nan", "none", "null"}
 
 
 class Given(NamedTuple):
@@ -58,10 +54,10 @@ def suffix(path: Path, encoding: Encoding, key: str) -> str:
         BadInput: It is none that these rows can be read from or written to.
     """
     sequences = {"dna": FASTA, "text": TEXT, "tokens": TEXT}.get(encoding.kind, ())
-    for known in (*sequences, *TABLES):
+    for known in (*sequences, *tables.SUFFIXES):
         if path.name.lower().endswith(known):
             return known
-    usual = [known for known in (*sequences, *TABLES) if not known.endswith(".gz")]
+    usual = [known for known in (*sequences, *tables.SUFFIXES) if not known.endswith(".gz")]
     raise BadInput(f"{key}: {path.name or 'nothing'}: name a file that ends in {', '.join(usual)}")
 
 
@@ -84,25 +80,22 @@ def read(path: Path, encoding: Encoding, missing: str = "_") -> Given:
             table; row (from 1) and column are named.
     """
     kind = suffix(path, encoding, "input")
-    if not path.is_file():
-        raise BadInput(f"input: {path}: no such file")
     if kind in FASTA:
         sequences = fasta.read(path, "input")
         return _windows(sequences.records, encoding, sequences.told(), path)
     if kind in TEXT:
         return _read_text(path, encoding, missing)
-    try:
-        if kind == ".csv":
-            columns, values = _read_csv(path)
-        elif kind == ".parquet":
-            columns, values = _read_parquet(path)
-        else:
-            columns, values = [], _read_npy(path)
-    except (OSError, ValueError) as error:
-        if isinstance(error, BadInput):
-            raise
-        raise BadInput(f"input: {path}: cannot be read: {str(error).partition(chr(10))[0]}") from error
-    return _checked(path, columns or column_names(encoding), values, encoding)
+    columns, values = tables.read(path, "input")
+    if values.shape[1] != encoding.variables:
+        raise BadInput(
+            f"input: {path}: it has {values.shape[1]} columns, and the circuit {encoding.variables} variables"
+        )
+    limits = np.full(encoding.variables, encoding.categories)
+    if encoding.label:
+        limits[-1] = encoding.label
+    columns = columns or column_names(encoding)
+    x = torch.from_numpy(tables.categories(values, limits, columns, f"input: {path}"))
+    return Given(x, [str(number) for number in range(1, len(x) + 1)], [0] * len(x), {}, columns)
 
 
 def _read_text(path: Path, encoding: Encoding, missing: str) -> Given:
@@ -147,79 +140,6 @@ def _windows(sequences: Mapping[str, NDArray[np.int64]], encoding: Encoding, not
     return Given(torch.from_numpy(np.stack(rows)), names, starts, lengths, column_names(encoding), note)
 
 
-def _read_csv(path: Path) -> tuple[list[str], NDArray[np.float64]]:
-    """The columns' names (none where the first line is numbers) and the values, NaN where missing."""
-    with path.open(newline="", encoding="utf-8") as file:
-        lines = [line for line in csv.reader(file) if line]
-    if not lines:
-        return [], np.empty((0, 0))
-    columns = lines.pop(0) if any(_number(cell) is None for cell in lines[0]) else []
-    width = len(columns or lines[0])
-    values = np.empty((len(lines), width))
-    for row, line in enumerate(lines):
-        if len(line) != width:
-            raise BadInput(f"input: {path}: row {row + 1} has {len(line)} columns, and the first has {width}")
-        for column, cell in enumerate(line):
-            number = _number(cell)
-            if number is None:
-                where = columns[column] if columns else f"x{column}"
-                raise BadInput(f"input: {path}: row {row + 1}, column {where}: {cell!r} is no number")
-            values[row, column] = number
-    return columns, values
-
-
-def _number(cell: str) -> float | None:
-    if cell.strip().lower() in ABSENT:
-        return np.nan
-    try:
-        return float(cell)
-    except ValueError:
-        return None
-
-
-def _read_parquet(path: Path) -> tuple[list[str], NDArray[np.float64]]:
-    table = importlib.import_module("pyarrow.parquet").read_table(path)
-    columns = [
-        np.array([np.nan if value is None else value for value in column.to_pylist()], dtype=np.float64)
-        for column in table.columns
-    ]
-    return list(table.column_names), np.stack(columns, 1) if columns else np.empty((0, 0))
-
-
-def _read_npy(path: Path) -> NDArray[np.float64]:
-    array = np.load(path, allow_pickle=False)
-    if array.ndim < 2:
-        raise BadInput(
-            f"input: {path}: an array of shape {array.shape}: rows are its first axis, and it needs two"
-        )
-    rows: NDArray[np.float64] = array.reshape(len(array), int(np.prod(array.shape[1:]))).astype(np.float64)
-    return rows
-
-
-def _checked(path: Path, columns: list[str], values: NDArray[np.float64], encoding: Encoding) -> Given:
-    if len(values) == 0:
-        raise BadInput(f"input: {path}: there are no rows in it")
-    if values.shape[1] != encoding.variables:
-        raise BadInput(
-            f"input: {path}: it has {values.shape[1]} columns, and the circuit {encoding.variables} variables"
-        )
-    limits = np.full(encoding.variables, encoding.categories)
-    if encoding.label:
-        limits[-1] = encoding.label
-    absent = np.isnan(values)
-    known = np.where(absent, MISSING, values)
-    outside = (known < MISSING) | (known >= limits) | (known != np.floor(known))
-    if outside.any():
-        row, column = np.argwhere(outside)[0]
-        raise BadInput(
-            f"input: {path}: row {row + 1}, column {columns[column]}: {values[row, column]:g} is no "
-            f"category: use a whole number from 0 to {limits[column] - 1}, or nothing where it is missing"
-        )
-    names = [str(number) for number in range(1, len(values) + 1)]
-    x = torch.from_numpy(known.astype(np.int64))
-    return Given(x, names, [0] * len(names), {}, columns)
-
-
 def write(path: Path, x: Tensor, encoding: Encoding, like: Given | None = None) -> None:
     """Writes rows.
 
@@ -244,21 +164,9 @@ def write(path: Path, x: Tensor, encoding: Encoding, like: Given | None = None) 
             np.save(path, x.numpy())
         else:
             columns = column_names(encoding) if like is None else like.columns
-            write_table(path, dict(zip(columns, x.T.tolist(), strict=True)))
+            tables.write(path, dict(zip(columns, x.T.tolist(), strict=True)))
     except OSError as error:
         raise BadInput(f"output: {path}: cannot be written: {error.strerror}") from None
-
-
-def write_table(path: Path, columns: Mapping[str, Sequence[Any]]) -> None:
-    """Writes columns of equal length as CSV or Parquet, by how the file's name ends."""
-    if path.name.lower().endswith(".parquet"):
-        table = importlib.import_module("pyarrow").table({name: list(each) for name, each in columns.items()})
-        importlib.import_module("pyarrow.parquet").write_table(table, path)
-        return
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(columns)
-        writer.writerows(zip(*columns.values(), strict=True))
 
 
 def spelled(x: Tensor, encoding: Encoding, like: Given) -> list[str]:

@@ -12,7 +12,7 @@ import torch
 from piste.checkpoints import load
 from piste.errors import BadInput
 from piste_algorithms.circuits import Circuit
-from piste_workloads.circuits import files
+from piste_workloads.circuits import files, tables
 from piste_workloads.circuits.config import Config
 from piste_workloads.circuits.evaluation import ROWS, label_probabilities
 from piste_workloads.circuits.rows import Encoding
@@ -48,9 +48,9 @@ def score(
     """
     circuit, encoding = _open(checkpoint)
     target = Path(output).expanduser()
-    if output and not target.name.lower().endswith(files.TABLES):
+    if output and not target.name.lower().endswith(tables.SUFFIXES):
         raise BadInput(
-            f"output: {output}: scores are written to a file that ends in {', '.join(files.TABLES)}"
+            f"output: {output}: scores are written to a file that ends in {', '.join(tables.SUFFIXES)}"
         )
     given = files.read(Path(input).expanduser(), encoding, missing)
     found = torch.cat([circuit.log_likelihood(x) for x in torch.split(given.x, ROWS)]).double()
@@ -80,7 +80,7 @@ def score(
         if target.name.lower().endswith(".npy"):
             np.save(target, found.numpy())
         else:
-            files.write_table(target, columns)
+            tables.write(target, columns)
     except OSError as error:
         raise BadInput(f"output: {output}: cannot be written: {error.strerror}") from None
     return answer | {"output": str(target)}
