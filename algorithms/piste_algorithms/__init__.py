@@ -1,1 +1,1 @@
-"""Algorithms of gradient descent, usable alone: torch and numpy, never Ray, MLflow or piste."""
+"""Algorithms of gradient descent, usable alone: torch, numpy and numba, never Ray, MLflow or piste."""
