@@ -2,12 +2,13 @@
 
 With calibration scores of the source, the first half of them standardising, the second half bounding::
 
-    z = clip((s - mean) / sd, -B, B)                       bounded, so that every moment exists
-    psi_j = log U_j                                        U_j: upper bound of E0[exp(lambda_j z)]
-    (`bounds.py`) e_j = exp(lambda_j z - psi_j)                          E0[e_j] <= 1
+    z     = clip((s - mean) / sd, -B, B)                 bounded, so that every moment exists
+    psi_j = log U_j                                      U_j: upper bound of E0[exp(lambda_j z)] (`bounds.py`)
+    e_j   = exp(lambda_j z - psi_j)                      E0[e_j] <= 1
     plain     M = mean_j prod_t e_j
-    harmonic  M = mean_j sum_s e_j(s) ... e_j(t) / (s (s + 1)) + 1 / (t + 1)     a mixture over the unknown
-    onset s alarm where M >= 2 / false_alarm_rate
+    harmonic  M = mean_j sum_s e_j(s) ... e_j(t) / (s (s + 1)) + 1 / (t + 1)
+                                                         a mixture over the unknown onset s
+    alarm where M >= 2 / false_alarm_rate
 
 Half of the rate is spent on the bounds, half on Ville's inequality, P(M ever reaches c) <= 1 / c. `plain` has
 lost its wealth by the time of a late shift; `harmonic` pays about log(t (t + 1)) for not having lost it.
