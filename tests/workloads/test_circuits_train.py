@@ -231,6 +231,25 @@ def test_rows_that_are_all_impossible_end_the_run(config_of: ConfigOf, run_of: R
         run_of(circuits, config_of(model={"name": "file", "path": str(tmp_path / "q.safetensors")}))
 
 
+@pytest.mark.parametrize("rule", ["full-batch-em", "mini-batch-em", "online-em", "anemone"])
+def test_rows_without_values_teach_nothing(rule: str, run_of: RunOf, tmp_path: Path) -> None:
+    # The flows of a row that is all missing are those that the circuit expects: a fixed point of every EM.
+    np.save(tmp_path / "a.npy", np.full((60, 4), -1))
+    table = {
+        "data": {"kind": "table", "path": str(tmp_path / "a.npy"), "categories": 3},
+        "model": {"name": "hmm", "latents": 3},
+        "rule": {"name": rule, "pseudocount": 0.0},
+        "train": {"epochs": 2, "batch": 16, "samples": 0, "dtype": "float64"},
+    }
+    config = validate(Config, table, "test")
+    run = run_of(circuits, config)
+    assert values(run, "valid/log_likelihood") == pytest.approx([0.0, 0.0], abs=1e-12)
+    assert all(math.isnan(value) for value in values(run, "valid/bits_per_dimension"))
+    start = build_circuit(config, open_rows(config.data), 0).parameters()
+    for name, tensor in state_of(run)["model"].items():
+        torch.testing.assert_close(tensor, start[name], rtol=1e-10, atol=1e-12)
+
+
 def test_the_hash_is_that_of_the_rows(config_of: ConfigOf) -> None:
     assert prepare_data(config_of()) == prepare_data(config_of(rule={"name": "adam"}))
     assert prepare_data(config_of()) != prepare_data(config_of(data__length=9))

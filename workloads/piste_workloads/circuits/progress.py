@@ -19,6 +19,7 @@ class Progress:
         rows: That have been learned from, those seen again counted again.
         seconds: Of this worker in updates, by the clock.
         cpu_seconds: Of this worker in updates, over all its threads.
+        train: The last epoch's log-likelihood of training rows.
         best: The best validation's log-likelihood.
         best_epoch: Its epoch.
         since: Validations since then.
@@ -29,6 +30,7 @@ class Progress:
     rows: int = 0
     seconds: float = 0.0
     cpu_seconds: float = 0.0
+    train: float = -math.inf
     best: float = -math.inf
     best_epoch: int = 0
     since: int = 0
@@ -36,6 +38,15 @@ class Progress:
 
     def validated(self, epoch: int, log_likelihood: float) -> None:
         """Notes a validation."""
+        self.curve.append(
+            {
+                "epoch": float(epoch),
+                "cost/updates": float(self.updates),
+                "time/train_s": self.seconds,
+                "train/log_likelihood": self.train,
+                "valid/log_likelihood": log_likelihood,
+            }
+        )
         self.since += 1
         if log_likelihood > self.best:
             self.best, self.best_epoch, self.since = log_likelihood, epoch, 0
@@ -51,12 +62,12 @@ def likelihoods(part: str, log_likelihood: float, observed: float) -> dict[str, 
     Args:
         part: `train`, `valid` or `test`.
         log_likelihood: Mean over rows, in nats.
-        observed: Mean number of values of a row that are not missing.
+        observed: Mean number of values of a row that are not missing; with 0 there are no bits a dimension.
     """
     return {
         f"{part}/log_likelihood": log_likelihood,
         # bits per dimension = -log p(x) / (D ln 2)
-        f"{part}/bits_per_dimension": -log_likelihood / (observed * math.log(2.0)),
+        f"{part}/bits_per_dimension": -log_likelihood / (observed * math.log(2.0)) if observed else math.nan,
         f"{part}/loss": -log_likelihood,
     }
 

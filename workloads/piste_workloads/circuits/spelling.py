@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
@@ -29,11 +31,16 @@ def spell(x: Tensor, encoding: Encoding) -> list[str]:
 def spell_sequence(values: NDArray[np.int64], encoding: Encoding) -> str:
     """Values of any number in writing; a missing character is `_`, a missing base N, a missing number `?`."""
     if encoding.kind == "tokens":
-        return _tokens(values.tolist(), Tokenizer(encoding.tokenizer))
+        return _tokens(values.tolist(), _tokenizer(encoding.tokenizer))
     if encoding.kind == "numbers":
         return " ".join("?" if value < 0 else str(value) for value in values.tolist())
     letters = [*encoding.alphabet, GAP] if encoding.kind == "text" else [*BASES, "N"]
     return "".join(np.array(letters)[values])
+
+
+@lru_cache(maxsize=1)
+def _tokenizer(serialised: str) -> Tokenizer:
+    return Tokenizer(serialised)
 
 
 def _tokens(row: list[int], tokenizer: Tokenizer) -> str:

@@ -75,23 +75,21 @@ def train(config: Config, run: Run) -> None:
 
     while not _ended(config, progress, last):
         last += 1
-        metrics = learner.epoch(last)
+        run.log(learner.epoch(last), last)
+        reported: dict[str, float] = {}
         validated = last == config.train.epochs or last % config.train.evaluate_every == 0
         if validated:
-            metrics |= evaluate(circuit, run, valid)
-            progress.validated(last, metrics["valid/log_likelihood"])
-            metrics |= {"best/log_likelihood": progress.best, "best/epoch": float(progress.best_epoch)}
-            shown = ("train/log_likelihood", "valid/log_likelihood", "cost/updates", "time/train_s")
-            progress.curve.append({"epoch": float(last), **{key: metrics[key] for key in shown}})
+            reported |= evaluate(circuit, run, valid)
+            progress.validated(last, reported["valid/log_likelihood"])
+            reported |= {"best/log_likelihood": progress.best, "best/epoch": float(progress.best_epoch)}
         final = _ended(config, progress, last)
         if final:
-            metrics |= evaluate(circuit, run, test)
-        run.log(metrics, last)
+            reported |= evaluate(circuit, run, test)
         stop = run.mean(float(run.should_stop)) > 0.0  # asked on one worker, agreed on by all
         if stop or final or config.checkpoints.due(last, config.train.epochs):
-            run.report({}, last, checkpoint=state_of(circuit, rows.encoding) | learner.state())
-        elif validated:
-            run.report({}, last)
+            run.report(reported, last, checkpoint=state_of(circuit, rows.encoding) | learner.state())
+        elif reported:
+            run.report(reported, last)
         if stop and not final:
             return
     if run.rank == 0:
@@ -132,7 +130,7 @@ class Learner:
         progress.seconds += seconds
         progress.cpu_seconds += time.process_time() - cpu
         samples = sum(info.samples for info in infos)
-        log_likelihood = sum(info.log_likelihood * info.samples for info in infos) / samples
+        log_likelihood = progress.train = sum(info.log_likelihood * info.samples for info in infos) / samples
         observed = float((self._train[order.to(self._run.device)] >= 0).sum()) / size
         return {
             **likelihoods("train", log_likelihood, observed),
