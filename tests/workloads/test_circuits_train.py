@@ -24,7 +24,7 @@ from piste_workloads import circuits
 from piste_workloads.circuits import Config, prepare_data
 from piste_workloads.circuits.building import build_circuit
 from piste_workloads.circuits.data import open_rows
-from piste_workloads.circuits.train import restored
+from piste_workloads.circuits.train import answering, restored
 
 RULES = ["full-batch-em", "mini-batch-em", "online-em", "anemone", "adam"]
 VERSE = "and the evening and the morning were the first day "
@@ -163,6 +163,23 @@ def test_a_run_ends_when_validations_get_no_better(config_of: ConfigOf, run_of: 
     assert len(run.history("train/loss")) == best + 3 < 50
     assert len(run.history("test/loss")) == 1
     assert values(run, "best/log_likelihood")[-1] == max(values(run, "valid/log_likelihood"))
+
+
+def test_the_best_parameters_are_kept(config_of: ConfigOf, run_of: RunOf) -> None:
+    # A large step on few rows: the last validations are not the best ones.
+    rule = {"name": "anemone", "step_size": 1.0, "minimum_ratio": 1.0}
+    config = config_of(
+        rule=rule, data__rows=20, model__latents=8, train__batch=10, train__epochs=8, train__keep_best=True
+    )
+    whole, part = run_of(circuits, config), run_of(circuits, config, stop_after=7)
+    found, last = values(whole, "valid/log_likelihood"), values(whole, "valid/log_likelihood")[-1]
+    assert max(found) > last
+    rows = open_rows(config.data)
+    kept = answering(state_of(whole))
+    for key, x in (("best", rows.parts["valid"]), ("test", rows.parts["test"])):
+        mean = float(kept.log_likelihood(x).double().mean())
+        assert values(whole, f"{key}/log_likelihood")[-1] == pytest.approx(mean, rel=1e-6)
+    assert part.resume().history("test/loss") == whole.history("test/loss")
 
 
 def test_splice_sites_are_told_from_decoys(run_of: RunOf) -> None:

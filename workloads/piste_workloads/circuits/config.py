@@ -295,6 +295,9 @@ class Train(Section):
     patience: int = Field(
         default=0, ge=0, description="validations without a better one before the run ends; 0: all epochs"
     )
+    keep_best: bool = Field(
+        default=False, description="test, draw and answer with the parameters of the best validation"
+    )
     dtype: Literal["float32", "float64"] = "float32"
     samples: int = Field(default=16, ge=0, description="rows sampled and rows completed at the end; 0: none")
 

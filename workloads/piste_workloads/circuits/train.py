@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -65,12 +66,14 @@ def train(config: Config, run: Run) -> None:
     updates = config.train.epochs * config.updates(len(rows.parts["train"]))
     learner = Learner(config, run, build_rule(config, circuit, updates), rows.parts["train"])
     progress, last = learner.progress, 0
+    best: dict[str, Tensor] = {}  # the parameters of the best validation, where they are kept
     if state is None:
         run.table("data", rows.table())
     else:
         learner.rule.load_state_dict(state["rule"])
         progress = learner.progress = Progress(**state["progress"])
         last = int(state["step"])
+        best = {name: table.to(run.device) for name, table in state["best"].items()}
     valid, test = (Held(part, rows, run.device) for part in ("valid", "test"))
 
     while not _ended(config, progress, last):
@@ -81,19 +84,21 @@ def train(config: Config, run: Run) -> None:
         if validated:
             reported |= evaluate(circuit, run, valid)
             progress.validated(last, reported["valid/log_likelihood"])
+            if config.train.keep_best and progress.since == 0:
+                best = circuit.parameters()
             reported |= {"best/log_likelihood": progress.best, "best/epoch": float(progress.best_epoch)}
         final = _ended(config, progress, last)
         if final:
-            reported |= evaluate(circuit, run, test)
+            reported |= evaluate(_with(circuit, best), run, test)
         stop = run.mean(float(run.should_stop)) > 0.0  # asked on one worker, agreed on by all
         if stop or final or config.checkpoints.due(last, config.train.epochs):
-            run.report(reported, last, checkpoint=state_of(circuit, rows.encoding) | learner.state())
+            run.report(reported, last, checkpoint=state_of(circuit, rows.encoding, best) | learner.state())
         elif reported:
             run.report(reported, last)
         if stop and not final:
             return
     if run.rank == 0:
-        draw(run, config, circuit, rows, progress, last)
+        draw(run, config, _with(circuit, best), rows, progress, last)
 
 
 class Learner:
@@ -169,18 +174,32 @@ def _ended(config: Config, progress: Progress, epoch: int) -> bool:
     return epoch >= config.train.epochs or (patience > 0 and progress.since >= patience)
 
 
-def state_of(circuit: Circuit, encoding: Encoding) -> dict[str, Any]:
-    """The part of a checkpoint that answers the verbs: the circuit, and what its categories mean."""
+def _with(circuit: Circuit, best: Mapping[str, Tensor]) -> Circuit:
+    """A circuit with the parameters of the best validation, where they are kept; else the circuit itself."""
+    return Circuit(circuit.structure, best) if best else circuit
+
+
+def state_of(
+    circuit: Circuit, encoding: Encoding, best: Mapping[str, Tensor] | None = None
+) -> dict[str, Any]:
+    """The part of a checkpoint that answers the verbs.
+
+    Args:
+        circuit: As it is now.
+        encoding: What its categories mean.
+        best: The parameters that answer instead, where they are kept.
+    """
     return {
         "circuits": FORMAT,
         "structure": json.dumps(to_json(circuit.structure)),
         "model": circuit.parameters(),
+        "best": dict(best or {}),
         "encoding": encoding.state(),
     }
 
 
 def restored(state: dict[str, Any]) -> Circuit:
-    """The circuit of a checkpoint.
+    """The circuit of a checkpoint, as it was then.
 
     Raises:
         CheckpointError: It is not one of this workload, or of another version of it.
@@ -193,3 +212,12 @@ def restored(state: dict[str, Any]) -> Circuit:
         return Circuit(from_json(json.loads(state["structure"])), state["model"])
     except ValueError as error:
         raise CheckpointError(f"checkpoint: {error}") from error
+
+
+def answering(state: dict[str, Any]) -> Circuit:
+    """The circuit of a checkpoint that answers the verbs: that of the best validation, where it is kept.
+
+    Raises:
+        CheckpointError: As `restored`.
+    """
+    return _with(restored(state), state.get("best", {}))

@@ -17,7 +17,7 @@ from piste_workloads.circuits.config import Config
 from piste_workloads.circuits.evaluation import ROWS, label_probabilities
 from piste_workloads.circuits.rows import Encoding
 from piste_workloads.circuits.spelling import spell
-from piste_workloads.circuits.train import restored
+from piste_workloads.circuits.train import answering
 
 METHODS = ("sample", "most-probable")
 
@@ -199,7 +199,7 @@ def save(config: Config, checkpoint: Path, output: str = "circuit.safetensors") 
 
 def _open(checkpoint: Path) -> tuple[Circuit, Encoding]:
     state = load(checkpoint)
-    return restored(state), Encoding.of(state["encoding"])
+    return answering(state), Encoding.of(state["encoding"])
 
 
 def _bits(log_likelihood: float, observed: int) -> float | None:
