@@ -81,14 +81,15 @@ def _ls(options: argparse.Namespace, _fields: dict[str, Any]) -> None:
 
 
 def _ls_runs() -> None:
+    from piste.config import method_of
     from piste.ledger import open_ledger
     from piste.reporting import age
 
     ledger = open_ledger()
     print(f"runs in {ledger.name}")
     for run in ledger.runs(limit=50):
-        optimizer = run.config["optimizer"]["name"]
-        print(f"  {run.id:<24} {run.status:<12} {optimizer:<10} {age(run.created):<12} {run.error or ''}")
+        method = method_of(run.config)["name"]
+        print(f"  {run.id:<24} {run.status:<12} {method:<10} {age(run.created):<12} {run.error or ''}")
 
 
 def _ls_sweeps() -> None:

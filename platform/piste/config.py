@@ -170,6 +170,12 @@ def parse_value(text: str) -> Any:
         return text
 
 
+def method_of(table: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What a resolved recipe learns with: the `[rule]` of its workload where it has one, or `[optimizer]`."""
+    found: Mapping[str, Any] = table.get("rule", table["optimizer"])
+    return found
+
+
 def override(table: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
     """`table` with dotted keys set; the result shares with it what no key leads through.
 

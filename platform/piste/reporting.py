@@ -25,7 +25,7 @@ from rich.progress import (
 from rich.table import Table
 
 from piste import catalog
-from piste.config import Recipe
+from piste.config import Recipe, method_of
 from piste.ledger import Ledger, number
 
 POLL_SECONDS = 0.5
@@ -147,9 +147,9 @@ def summary(ledger: Ledger, run_ids: Sequence[str]) -> list[dict[str, Any]]:
     keys = list(dict.fromkeys(key for run in runs for key in _headline(run.workload)))
     rows = []
     for run in runs:
-        optimizer = run.config["optimizer"]
-        row: dict[str, Any] = {"run": run.id, "status": run.status, "optimizer": optimizer["name"]}
-        row |= {"lr": optimizer.get("lr"), "seed": run.seed}
+        method = method_of(run.config)
+        row: dict[str, Any] = {"run": run.id, "status": run.status, "optimizer": method["name"]}
+        row |= {"lr": method.get("lr"), "seed": run.seed}
         last = ledger.last_values(run.id)
         for key in keys:
             values = [v for _, v in ledger.history(run.id, key)] if key.startswith("time/") else []
@@ -205,7 +205,7 @@ def loss_curves(ledger: Ledger, run_ids: Sequence[str], path: Path) -> Path:
         run = ledger.run(run_id)
         train, valid = ledger.history(run_id, "train/loss"), ledger.history(run_id, "valid/loss")
         seconds = _seconds(ledger, run_id)
-        label = f"{run.config['optimizer']['name']}  ({run_id})"
+        label = f"{method_of(run.config)['name']}  ({run_id})"
         color = f"C{index}"
         for axis, clock in ((axes[0], None), (axes[1], seconds)):
             for points, style in (
@@ -218,7 +218,7 @@ def loss_curves(ledger: Ledger, run_ids: Sequence[str], path: Path) -> Path:
                 axis.plot(
                     *(zip(*shown, strict=True) if shown else ([], [])), color=color, label=name, **style
                 )
-    axes[0].set(xlabel="step", ylabel="loss (nats a token)", title="validation (dots) and training (pale)")
+    axes[0].set(xlabel="step", ylabel="loss", title="validation (dots) and training (pale)")
     axes[1].set(xlabel="training seconds (validation left out)", title="the same against time")
     for axis in axes:
         axis.grid(alpha=0.2)

@@ -25,6 +25,7 @@ from urllib.parse import quote, urlsplit
 
 from filelock import FileLock
 
+from piste.config import method_of
 from piste.errors import BadInput, PisteError
 from piste.home import home
 from piste.ledger import WALL_CLOCK, Artifact, Ledger, StoredRow, number
@@ -328,12 +329,10 @@ def tags(run: RunRow, origin: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _note(run: RunRow) -> str:
-    optimizer = run.config["optimizer"]
-    settings = ", ".join(
-        f"{k}={v}" for k, v in optimizer.items() if k not in {"name", "base", "groups"} and v
-    )
+    method = method_of(run.config)
+    settings = ", ".join(f"{k}={v}" for k, v in method.items() if k not in {"name", "base", "groups"} and v)
     return (
-        f"**{run.workload}** trained with **{optimizer['name']}** ({settings or 'default settings'}), "
+        f"**{run.workload}** trained with **{method['name']}** ({settings or 'default settings'}), "
         f"seed {run.seed}, {run.config['resources']['workers']} worker(s), from recipe `{run.recipe}`.\n\n"
         f"Repeat it: `piste rerun {run.id}`. Its resolved recipe is the artifact `recipe.toml`."
     )

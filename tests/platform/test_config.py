@@ -12,7 +12,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import Field, model_validator
 
-from piste.config import Checkpoints, Recipe, Section, override, parse_value, read_toml, to_toml, validate
+from piste.config import (
+    Checkpoints,
+    Recipe,
+    Section,
+    method_of,
+    override,
+    parse_value,
+    read_toml,
+    to_toml,
+    validate,
+)
 from piste.errors import BadInput, nearest
 
 
@@ -217,3 +227,9 @@ def test_a_trajectory_also_keeps_what_every_asks_for(count: int, every: int, las
     assert due_steps(f"trajectory {count}", every, last) == sorted(
         spaced | set(range(every, last + 1, every))
     )
+
+
+def test_a_recipe_learns_with_its_rule_or_its_optimizer() -> None:
+    optimizer = {"name": "adamw", "lr": 1e-3}
+    assert method_of({"optimizer": optimizer}) == optimizer
+    assert method_of({"optimizer": optimizer, "rule": {"name": "anemone"}}) == {"name": "anemone"}
