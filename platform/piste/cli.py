@@ -280,6 +280,14 @@ def _sweep(options: argparse.Namespace, fields: dict[str, Any]) -> int:
     return sweep_command.execute(options, fields)
 
 
+def _stream(options: argparse.Namespace, fields: dict[str, Any]) -> int:
+    if not options.local:
+        _check_resources(options.recipe, fields)
+    from piste import stream_command
+
+    return stream_command.execute(options, fields)
+
+
 def _study(options: argparse.Namespace, _fields: dict[str, Any]) -> int:
     from rich.console import Console
 
@@ -382,6 +390,7 @@ _ACTS: dict[str, Callable[[argparse.Namespace, dict[str, Any]], int | None]] = {
     "ls": _ls,
     "run": _run,
     "sweep": _sweep,
+    "stream": _stream,
     "study": _study,
     "resume": _resume,
     "rerun": _rerun,

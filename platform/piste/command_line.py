@@ -9,7 +9,7 @@ from typing import Any
 
 from piste.errors import BadInput
 
-JOBS = ("run", "sweep", "study", "resume")  # what can be sent to a cluster
+JOBS = ("run", "sweep", "stream", "study", "resume")  # what can be sent to a cluster
 FLAGS = {"--skip-bad": ("data.skip_bad", True)}  # short for a recipe's field and its value
 
 
@@ -61,6 +61,13 @@ def _parser() -> argparse.ArgumentParser:
     sweeping.add_argument("--extend", type=int, default=0, metavar="N", help="so many trials more")
     sweeping.add_argument("--dry-run", action="store_true", help="print the trials and what they cost")
     sweeping.add_argument("--fresh", action="store_true", help="compute again what is there already")
+    streaming = add(
+        "stream",
+        "follow streams with detectors of shifts, on Ray actors; --section.field VALUE overrides",
+        follow,
+    )
+    streaming.add_argument("recipe", metavar="RECIPE")
+    streaming.add_argument("--id", metavar="ID", help="the streams' id: the same recipe under it goes on")
     studying = add("study", "a paper's claims, measured; exit 1 where a verdict is not the recorded one")
     studying.add_argument("studies", nargs="+", metavar="STUDY")
     studying.add_argument("--local", action="store_true", help="in this process, without Ray")
@@ -133,7 +140,7 @@ def fields_of(command: str, rest: Sequence[str]) -> dict[str, Any]:
         if not word.startswith("--"):
             raise BadInput(f"unexpected argument {word!r}")
         name, equals, value = word[2:].partition("=")
-        if command not in {"run", "sweep", "call"}:
+        if command not in {"run", "sweep", "stream", "call"}:
             raise BadInput(f"{command} takes no --{name}")
         if word in FLAGS:
             field, setting = FLAGS[word]

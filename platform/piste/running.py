@@ -139,8 +139,17 @@ def run(
     return execute(ledger, plan(ledger, name, config), local=local, observer=observer)
 
 
-def plan(ledger: Ledger, name: str, config: Recipe) -> str:
+def plan(
+    ledger: Ledger, name: str, config: Recipe, *, run_id: str | None = None, kind: str | None = None
+) -> str:
     """Prepares the data and records a run as planned; returns its id.
+
+    Args:
+        ledger: The ledger.
+        name: The recipe's name.
+        config: The recipe.
+        run_id: The run's id; none: a new one.
+        kind: What carries it out, where that is not training.
 
     Raises:
         BadInput: The data, the tracking URI or the resources cannot serve this recipe.
@@ -149,7 +158,7 @@ def plan(ledger: Ledger, name: str, config: Recipe) -> str:
     code, data = origin(config)
     table = config.model_dump(mode="json")
     identity, cell = provenance.identify(table, code, data)
-    run_id = f"{name}-{secrets.token_hex(3)}"
+    run_id = run_id or f"{name}-{secrets.token_hex(3)}"
     directory = make_folder(home() / "runs" / run_id, config)
     ledger.create(
         id=run_id,
@@ -157,7 +166,7 @@ def plan(ledger: Ledger, name: str, config: Recipe) -> str:
         workload=config.workload,
         seed=config.seed,
         config=table,
-        provenance=provenance.collect(code, data),
+        provenance=provenance.collect(code, data) | ({"kind": kind} if kind is not None else {}),
         identity=identity,
         cell=cell,
         directory=str(directory),
@@ -221,7 +230,12 @@ def _execute(
     relay = relay_process.RelayProcess(ledger.url, run_id, uri, directory / "relay.log")
     try:
         with (observer or _Silent()).watch(ledger, run_id, config):
-            if local:
+            if row.provenance.get("kind") == "stream":
+                from piste import shards, streams
+
+                assert isinstance(config, shards.StreamRecipe)
+                stopped = streams.execute(ledger, run_id, config, stop, local)
+            elif local:
                 stopped = _train_here(ledger, run_id, config, directory, stop)
             else:
                 from piste import training
@@ -346,7 +360,7 @@ def rerun(run_id: str, *, local: bool = False, observer: Observer | None = None)
     first = ledger.run(run_id)
     _check_workers(first, local)
     config = resolve(first.config, first.id)
-    second = ledger.run(plan(ledger, first.recipe, config))
+    second = ledger.run(plan(ledger, first.recipe, config, kind=first.provenance.get("kind")))
     changed = _changed(first, second)
     outcome = execute(ledger, second.id, local=local, observer=observer)
     return Difference(first.id, outcome, difference(ledger, first.id, second.id), changed)

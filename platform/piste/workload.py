@@ -148,7 +148,7 @@ class Run:
         `report`, with its `"step"`.
         """
         self._barrier()
-        found = self._checkpoints.latest(self.rank, self._say)
+        found = self._checkpoints.latest(self.rank, self.note)
         if found is None:
             return None
         state, own = found
@@ -230,8 +230,8 @@ class Run:
             if not self._stop.is_set() and (why := self._told()) is not None:
                 self.stop(why)
 
-    def _say(self, line: str) -> None:
-        """Adds a line to the run's log, on rank 0."""
+    def note(self, line: str) -> None:
+        """Adds a line to the run's log, on rank 0; it is told when the run has ended."""
         if self._buffer is not None:
             path = self._artifact_path("log.txt")
             with path.open("a", encoding="utf-8") as file:

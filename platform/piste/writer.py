@@ -6,7 +6,7 @@ It is the first thing that they all wait for, so its process imports little.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import ray
@@ -17,6 +17,7 @@ from piste.buffer import Send
 from piste.errors import PisteError
 from piste.home import home
 from piste.ledger import Ledger, Message
+from piste.ledger.streams import Commit
 from piste.stopping import ASKED, LOST, PREEMPTED
 
 WRITER_SECONDS = 75.0  # longer than the ledger waits for its database
@@ -92,6 +93,18 @@ class Writer:
             self._draining = set(ray._private.state.state.get_draining_nodes())
             self._looked = time.monotonic()
         return None if self._draining.isdisjoint(nodes) else PREEMPTED
+
+    def stream_states(self, run_id: str, numbers: Sequence[int]) -> Any:
+        """Where a run's streams stand, with their states."""
+        return self._ledger.streams.states(run_id, numbers)
+
+    def open_streams(self, run_id: str, streams: Sequence[dict[str, Any]]) -> None:
+        """Records streams that begin."""
+        self._ledger.streams.open(run_id, streams)
+
+    def commit_streams(self, commit: Commit) -> dict[int, int]:
+        """Commits what a shard has computed; returns where its streams stand."""
+        return self._ledger.streams.commit(commit)
 
     def keep(self, name: str, work: Any) -> None:
         """Keeps a pack until it is fetched."""

@@ -13,6 +13,7 @@ from piste.ledger.faults import LedgerError
 from piste.ledger.jobs import Jobs
 from piste.ledger.migration import SCHEMA_VERSION
 from piste.ledger.runs import Runs
+from piste.ledger.streams import Streams
 from piste.ledger.sweeps import Sweeps
 from piste.ledger.tables import (
     WALL_CLOCK,
@@ -54,7 +55,7 @@ __all__ = [
 
 
 class Ledger(Runs):
-    """Reads and writes one ledger database: runs, `sweeps` with their trials, and `jobs`.
+    """Reads and writes one ledger database: runs, `sweeps` with their trials, `jobs`, and `streams`.
 
     Args:
         url: SQLite, which is put into WAL mode, or PostgreSQL.
@@ -68,6 +69,7 @@ class Ledger(Runs):
         super().__init__(url, patient)
         self.sweeps = Sweeps(self)
         self.jobs = Jobs(self)
+        self.streams = Streams(self)
 
 
 def open_ledger() -> Ledger:

@@ -18,7 +18,7 @@ from piste.ledger.commits import make_marks
 from piste.ledger.faults import LedgerError
 from piste.ledger.tables import Base, Meta, Run
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 
 
 @contextmanager
@@ -77,7 +77,7 @@ def migrate(write: Engine, url: str, name: str) -> None:
 
 
 def _upgrade(connection: Connection) -> None:
-    """An older schema to this one: 1, before sweeps, lacks columns; 2, before jobs, a table alone."""
+    """An older schema to this one: 1, before sweeps, lacks columns; 2 and 3, tables (jobs, streams)."""
     present = {column["name"] for column in inspect(connection).get_columns(Run.__tablename__)}
     for column in Run.__table__.columns:
         if column.name not in present:

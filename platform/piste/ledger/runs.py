@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import psutil
@@ -92,34 +92,10 @@ class Runs(Database):
             current = connection.execute(mine.with_for_update(key_share=True)).scalar_one_or_none()
             if current is None or message.attempt < current:
                 return message.sequence
-            if message.rows:
-                different = self._insert_metrics(connection, message)
-                if different:
-                    total = Run.recomputed_different + different
-                    statement = update(Run).where(Run.id == message.run_id)
-                    connection.execute(statement.values(recomputed_different=total))
+            insert_rows(connection, message.run_id, message.rows)
             for artifact in message.artifacts:
                 self._upsert_artifact(connection, message.run_id, artifact)
         return message.sequence
-
-    def _insert_metrics(self, connection: Connection, message: Message) -> int:
-        """Inserts or ignores the rows; returns how many of the ignored differ from what is kept."""
-        rows: dict[tuple[str, int], Row] = {}
-        for row in message.rows:
-            rows.setdefault((row.key, row.step), row)
-        offered = [metric_columns(message.run_id, row) for row in rows.values()]
-        if insert_absent(connection, offered) == len(rows):
-            return 0
-        kept = connection.execute(
-            select(Metric.key, Metric.step, Metric.value, Metric.special).where(
-                Metric.run_id == message.run_id, tuple_(Metric.key, Metric.step).in_(list(rows))
-            )
-        )
-        return sum(
-            (value, special) != stored(rows[key, step].value)
-            for key, step, value, special in kept
-            if not key.startswith(WALL_CLOCK)
-        )
 
     def _upsert_artifact(self, connection: Connection, run_id: str, artifact: Mapping[str, Any]) -> None:
         statement = self.insert(Artifact).values(run_id=run_id, **artifact)
@@ -204,6 +180,29 @@ class Runs(Database):
         query = select(Artifact).where(Artifact.run_id == run_id).order_by(Artifact.id)
         with self.session() as session:
             return list(session.scalars(query))
+
+
+def insert_rows(connection: Connection, run_id: str, offered: Sequence[Row]) -> None:
+    """Inserts or ignores metrics; of the ignored, those that differ from what is kept are counted."""
+    rows: dict[tuple[str, int], Row] = {}
+    for row in offered:
+        rows.setdefault((row.key, row.step), row)
+    columns = [metric_columns(run_id, row) for row in rows.values()]
+    if not rows or insert_absent(connection, columns) == len(rows):
+        return
+    kept = connection.execute(
+        select(Metric.key, Metric.step, Metric.value, Metric.special).where(
+            Metric.run_id == run_id, tuple_(Metric.key, Metric.step).in_(list(rows))
+        )
+    )
+    different = sum(
+        (value, special) != stored(rows[key, step].value)
+        for key, step, value, special in kept
+        if not key.startswith(WALL_CLOCK)
+    )
+    if different:
+        total = Run.recomputed_different + different
+        connection.execute(update(Run).where(Run.id == run_id).values(recomputed_different=total))
 
 
 def claim(connection: Connection, table: type[Run] | type[Sweep], row_id: str, driver: str) -> str:

@@ -169,6 +169,59 @@ class Artifact(Base):
     step: Mapped[int | None] = mapped_column(BigInteger)
 
 
+class Stream(Base):
+    """One stream of a run: how far its detectors have accounted for it, and what continues them bit for bit.
+
+    Attributes:
+        number: Its number among the run's streams.
+        sequence: Events accounted for; the number of the next one.
+        ended: Whether its source has no more.
+        skipped: Events that were not finite.
+        alarms: Alarms raised.
+        wealth: Each detector's log-wealth, coded as the states are.
+        origin: What never changes of its processor's state: settings and calibration.
+        state: What every event changes.
+    """
+
+    __tablename__ = "streams"
+    run_id: Mapped[str] = mapped_column(ForeignKey("runs.id"), primary_key=True)
+    number: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    name: Mapped[str]
+    sequence: Mapped[int] = mapped_column(BigInteger)
+    ended: Mapped[bool]
+    skipped: Mapped[int] = mapped_column(BigInteger)
+    alarms: Mapped[int] = mapped_column(BigInteger)
+    wealth: Mapped[dict[str, Any]]
+    origin: Mapped[dict[str, Any]]
+    state: Mapped[dict[str, Any]]
+
+
+class StreamAlarm(Base):
+    """An alarm that a detector has raised on a stream.
+
+    Attributes:
+        number: The stream's number.
+        detector: The detector's name in the recipe.
+        sequence: The event that raised it.
+        onset: The estimated number of the first shifted event.
+        log_wealth: The logarithm of the detector's statistic.
+        log_threshold: What it had to reach.
+        details: The winning bet, the segment, and the detector's parameters, coded as the states are.
+        timestamp: When it was raised, in milliseconds since the epoch.
+    """
+
+    __tablename__ = "stream_alarms"
+    run_id: Mapped[str] = mapped_column(ForeignKey("runs.id"), primary_key=True)
+    number: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    detector: Mapped[str] = mapped_column(primary_key=True)
+    sequence: Mapped[int] = mapped_column(BigInteger, primary_key=True, autoincrement=False)
+    onset: Mapped[int] = mapped_column(BigInteger)
+    log_wealth: Mapped[float]
+    log_threshold: Mapped[float]
+    details: Mapped[dict[str, Any]]
+    timestamp: Mapped[int] = mapped_column(BigInteger)
+
+
 class Row(NamedTuple):
     """A metric on its way to the ledger; the timestamp is in milliseconds since the epoch."""
 

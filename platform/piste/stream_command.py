@@ -1,0 +1,71 @@
+"""`piste stream`: what it does and prints."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from piste import running, streams
+from piste.errors import BadInput, PisteError, Terminated
+from piste.ledger import Ledger, open_ledger
+from piste.stream_view import StreamLines, StreamView, alarm_table, summary_lines
+
+
+def execute(options: argparse.Namespace, fields: dict[str, Any]) -> int:
+    """Plans streams, or takes them up, and follows them; returns the exit code."""
+    fields |= running.ONE_WORKER if options.local else {}
+    name, config = Path(options.recipe).stem, running.load_recipe(options.recipe, fields)
+    ledger = open_ledger()
+    run_id = streams.plan(ledger, name, config, options.id)
+    return follow(ledger, run_id, options)
+
+
+def follow(ledger: Ledger, run_id: str, options: argparse.Namespace) -> int:
+    """Follows planned or interrupted streams to their end and reports on them; returns the exit code."""
+    print(f"stream {run_id}", file=sys.stderr)
+    resume = f"piste resume {run_id}" + (" --local" if options.local else "")
+    observer = StreamLines() if options.json else StreamView(Console(stderr=True))
+    said = len(running.log_lines(ledger, run_id))
+    try:
+        result = running.execute(ledger, run_id, local=options.local, observer=observer)
+    except KeyboardInterrupt:
+        print(f"piste: interrupted; `{resume}` continues it", file=sys.stderr)
+        raise
+    except BadInput:
+        raise
+    except PisteError as error:
+        raise PisteError(f"{run_id} failed: {error}") from error
+    finally:
+        for line in running.log_lines(ledger, run_id)[said:]:
+            print(f"piste: {line}", file=sys.stderr)
+    report(ledger, run_id, options.json)
+    if result.pending != 0:
+        shown = "some" if result.pending is None else result.pending
+        print(f"piste: MLflow still lacks {shown} rows: `piste sync {run_id}` pushes them", file=sys.stderr)
+    if result.status == "interrupted":
+        print(f"piste: stopped; `{resume}` continues it", file=sys.stderr)
+        return Terminated.exit_code
+    return 0
+
+
+def report(ledger: Ledger, run_id: str, as_json: bool) -> None:
+    """What the streams of a run have come to."""
+    totals, metrics = ledger.streams.totals(run_id), ledger.last_values(run_id)
+    shown = {k: v for k, v in metrics.items() if not k.startswith(("log_wealth/", "alarm/", "onset/"))}
+    if as_json:
+        names = {stream["number"]: stream["name"] for stream in ledger.streams.standing(run_id)}
+        found = [streams.alarm_columns(alarm) for alarm in ledger.streams.alarms(run_id)]
+        alarms = [{"stream": names[alarm["number"]], **alarm} for alarm in found]
+        status = ledger.run(run_id).status
+        print(json.dumps({"stream": run_id, "status": status, **totals, "metrics": shown, "raised": alarms}))
+        return
+    console = Console()
+    for line in summary_lines(totals, shown):
+        console.print(line, highlight=False, soft_wrap=True)
+    if (table := alarm_table(ledger, run_id)) is not None:
+        console.print(table)

@@ -1,0 +1,56 @@
+"""What came of the streams: false alarms, shifts found, and delays against what is to be expected."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from piste_algorithms.martingales import expected_delay
+from piste_workloads.stream.config import Config
+from piste_workloads.stream.simulated import samples
+
+SAMPLES = 100_000
+
+
+def summarize(
+    config: Config, streams: Sequence[Mapping[str, Any]], alarms: Sequence[Mapping[str, Any]]
+) -> dict[str, float]:
+    """The metrics of a whole run.
+
+    Args:
+        config: The recipe.
+        streams: `number` and `sequence` of each stream, among others.
+        alarms: `number`, `detector`, `sequence` and `onset` of each alarm, among others, in their order.
+
+    Returns:
+        For each detector `false_alarm_rate/NAME`, the part of the streams with an alarm before the shift;
+        where there is a shift also, of the other streams, `detected/NAME`, the part with an alarm after it,
+        and of their first such alarms `delay/NAME`, the mean number of shifted events until then,
+        `delay_ratio/NAME`, that over log(2 / false_alarm_rate) / information gain, and `onset_error/NAME`,
+        the median distance of the estimated onset from the true one.
+    """
+    onset = config.source.onset if config.source.shift != 0.0 else math.inf
+    found: dict[str, float] = {}
+    for name, section in config.detectors.items():
+        mine = [alarm for alarm in alarms if alarm["detector"] == name]
+        false = {alarm["number"] for alarm in mine if alarm["sequence"] < onset}
+        found[f"false_alarm_rate/{name}"] = len(false) / len(streams)
+        first: dict[int, Mapping[str, Any]] = {}
+        for alarm in mine:
+            if alarm["sequence"] >= onset and alarm["number"] not in false:
+                first.setdefault(alarm["number"], alarm)
+        reached = [s for s in streams if s["number"] not in false and s["sequence"] > onset]
+        if not reached:
+            continue
+        found[f"detected/{name}"] = len(first) / len(reached)
+        if not first:
+            continue
+        delay = statistics.fmean(alarm["sequence"] - onset + 1 for alarm in first.values())
+        found[f"delay/{name}"] = delay
+        found[f"onset_error/{name}"] = statistics.median(abs(a["onset"] - onset) for a in first.values())
+        if config.source.name != "autoregressive" and hasattr(built := section.build(), "false_alarm_rate"):
+            _, expected = expected_delay(*samples(config, SAMPLES), built.false_alarm_rate)
+            found[f"delay_ratio/{name}"] = delay / expected
+    return found

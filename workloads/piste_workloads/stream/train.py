@@ -1,0 +1,85 @@
+"""Streams in one process, as a run with checkpoints: what sweeps and studies take, and `piste run`.
+
+`piste stream` follows the same streams through the ledger, on actors.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from piste.errors import BadInput
+from piste.workload import Run
+from piste_workloads.stream.config import Config
+from piste_workloads.stream.processing import Saved, Scores
+from piste_workloads.stream.simulated import SimulatedSource, calibration
+from piste_workloads.stream.summary import summarize
+
+
+def stream_names(config: Config) -> Sequence[str]:
+    """The streams' names, by number."""
+    return [f"{config.source.name}-{number}" for number in range(config.source.streams)]
+
+
+def open_source(config: Config, numbers: Sequence[int]) -> SimulatedSource:
+    """Where the events of some streams come from."""
+    return SimulatedSource(config, numbers)
+
+
+def open_processor(config: Config, number: int, saved: Saved | None) -> Scores:
+    """What the events of a stream go through, from its beginning or from a saved state."""
+    return Scores(config, calibration(config, number) if saved is None else None, saved)
+
+
+def train(config: Config, run: Run) -> None:
+    """Follows all streams to their end, a batch a step.
+
+    Logs `train/loss`, the mean over the streams of what the bets of the first detector have cost, minus its
+    log-wealth in nats, and at the end what `summarize` says.
+
+    Raises:
+        BadInput: There are several workers.
+    """
+    if run.world_size > 1:
+        raise BadInput("`piste run` follows streams in one process: `piste stream` spreads them over workers")
+    numbers = range(len(stream_names(config)))
+    source = open_source(config, numbers)
+    found = run.restore()
+    saved = found["streams"] if found is not None else [None] * len(numbers)
+    alarms: list[dict[str, Any]] = found["alarms"] if found is not None else []
+    processors = [open_processor(config, number, saved[number]) for number in numbers]
+    begun, steps = (found["step"] if found is not None else 0), config.total_steps
+    for step in range(begun + 1, steps + 1):
+        for number, events in source.read((step - 1) * config.stream.batch, config.stream.batch).items():
+            taken = processors[number].take(events)
+            if taken.failure is not None:
+                raise BadInput(f"stream {stream_names(config)[number]}: {taken.failure}")
+            alarms += [{"number": number, **alarm} for alarm in taken.alarms]
+        run.log({"train/loss": -statistics.fmean(_first_wealth(p) for p in processors)}, step)
+        stop = run.should_stop
+        if stop or config.checkpoints.due(step, steps):
+            states = [(processor.origin(), processor.state()) for processor in processors]
+            state = {"model": _wealth(processors), "streams": states, "alarms": alarms}
+            run.report({}, step, checkpoint=state)
+        if stop and step < steps:
+            return
+    ends = [{"number": number, "sequence": config.events} for number in numbers]
+    alarms.sort(key=lambda alarm: (alarm["number"], alarm["detector"], alarm["sequence"]))
+    metrics = {"stream/alarms": float(len(alarms))}
+    metrics["stream/alarmed"] = float(len({alarm["number"] for alarm in alarms}))
+    run.log(metrics | summarize(config, ends, alarms), steps)
+
+
+def _wealth(processors: Sequence[Scores]) -> dict[str, torch.Tensor]:
+    """The log-wealth of each stream by detector: what a run of streams has instead of a model."""
+    return {
+        name: torch.tensor([processor.wealth[name] for processor in processors], dtype=torch.float64)
+        for name in processors[0].wealth
+    }
+
+
+def _first_wealth(processor: Scores) -> float:
+    return next(iter(processor.wealth.values()))
