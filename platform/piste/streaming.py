@@ -8,6 +8,7 @@ again: a source reads the same events, a shard begins with what the ledger has (
 from __future__ import annotations
 
 import os
+import secrets
 import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -31,10 +32,15 @@ WAIT_SECONDS = 0.5  # between two looks at whether the run is to end
 
 
 class WriterStore:
-    """The ledger's part for streams, by way of its writer."""
+    """The ledger's part for streams, by way of its writer.
 
-    def __init__(self, writer: Any) -> None:
-        self._writer = writer
+    Args:
+        name: The writer's. An actor is not handed the writer itself: what a constructor is given by reference
+            may be gone when the actor is restarted.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._writer = ray.get_actor(name)
 
     def states(self, run_id: str, numbers: Sequence[int]) -> dict[int, Stream]:
         """See `Streams.states`."""
@@ -66,9 +72,9 @@ class SourceActor:
 class ShardActor:
     """A shard of streams."""
 
-    def __init__(self, job: Mapping[str, Any], numbers: Sequence[int], writer: Any) -> None:
+    def __init__(self, job: Mapping[str, Any], numbers: Sequence[int]) -> None:
         module, config = _opened(job)
-        store = WriterStore(writer)
+        store = WriterStore(job["writer"])
         self._shard = Shard(module, config, numbers, store, job["run_id"], job["attempt"])
 
     def open(self) -> Progress:
@@ -106,14 +112,15 @@ def follow(ledger: Ledger, run_id: str, config: StreamRecipe, stop: threading.Ev
     names = catalog.load_workload(config.workload).stream_names(config)
     with cluster(config.resources):
         preflight(config, ledger.url)
-        writer = start_writer(ledger.url)
+        name = f"{run_id}-{secrets.token_hex(3)}"
+        writer = start_writer(ledger.url, f"{name}-writer")
         actors = [writer]
         try:
-            job = ask(writer.job.remote(run_id))
+            job = ask(writer.job.remote(run_id)) | {"name": name, "writer": f"{name}-writer"}
             job["attempt"] = ask(writer.begin_attempt.remote(run_id))
             pairs = []
             for index, numbers in enumerate(shards_of(len(names), config.resources.workers)):
-                pairs.append(_start(config, job, index, numbers, writer))
+                pairs.append(_start(config, job, index, numbers))
                 actors += pairs[-1]
             return job["attempt"], _drive(pairs, config, stop)
         finally:
@@ -122,7 +129,7 @@ def follow(ledger: Ledger, run_id: str, config: StreamRecipe, stop: threading.Ev
 
 
 def _start(
-    config: StreamRecipe, job: Mapping[str, Any], index: int, numbers: Sequence[int], writer: Any
+    config: StreamRecipe, job: Mapping[str, Any], index: int, numbers: Sequence[int]
 ) -> tuple[Any, Any]:
     """The named actors of a shard: its source, and its detectors."""
     resources = config.resources
@@ -131,15 +138,14 @@ def _start(
         "max_task_retries": -1 if resources.max_failures else 0,
         "scheduling_strategy": "SPREAD",
     }
-    name = f"{job['run_id']}-{job['attempt']}"
-    source = ray.remote(SourceActor).options(name=f"{name}-source-{index}", num_cpus=0, **lives)
+    source = ray.remote(SourceActor).options(name=f"{job['name']}-source-{index}", num_cpus=0, **lives)
     shard = ray.remote(ShardActor).options(
-        name=f"{name}-shard-{index}",
+        name=f"{job['name']}-shard-{index}",
         num_cpus=resources.cpus_per_worker,
         num_gpus=resources.gpus_per_worker,
         **lives,
     )
-    return source.remote(job, numbers), shard.remote(job, numbers, writer)
+    return source.remote(job, numbers), shard.remote(job, numbers)
 
 
 def _drive(pairs: Sequence[tuple[Any, Any]], config: StreamRecipe, stop: threading.Event) -> bool:

@@ -121,12 +121,18 @@ class Writer:
             self._ledger.sweeps.record(*rows)
 
 
-def start_writer(url: str) -> Any:
-    """The writer of a ledger, on this driver's node."""
+def start_writer(url: str, name: str | None = None) -> Any:
+    """The writer of a ledger, on this driver's node.
+
+    Args:
+        url: The ledger.
+        name: Under which actors find it; none where all are handed it.
+    """
     here = ray.get_runtime_context().get_node_id()
     return (
         ray.remote(Writer)
         .options(
+            name=name,
             num_cpus=0,
             max_restarts=-1,
             max_task_retries=-1,
