@@ -71,6 +71,17 @@ def test_one_by_one_gives_the_same_bits(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", sorted(BUILDERS))
+def test_a_batch_that_ends_with_an_alarm_leaves_the_state_of_its_last_event(name: str) -> None:
+    first = build(name).update_many(STREAM)[0]
+    whole, single = build(name), build(name)
+    whole.update_many(STREAM[: first.sequence + 1])
+    for score in STREAM[: first.sequence + 1].tolist():
+        single.update(score)
+    assert whole.alarms == 1
+    assert single.state_dict() == whole.state_dict()
+
+
+@pytest.mark.parametrize("name", sorted(BUILDERS))
 @pytest.mark.parametrize("cut", [0, 1, 150, 400])
 def test_a_saved_state_continues_bit_for_bit(name: str, cut: int) -> None:
     whole, before = build(name), build(name)

@@ -136,7 +136,7 @@ class Detector:
                         segment=self.alarms,
                     )
                 )
-                self._restart()
+                self._restart(self.sequence + index)
         self.sequence += len(evidence)
         return found
 
@@ -189,15 +189,16 @@ class Detector:
         """Begin a stream with these bets."""
         self._bets, self._log_bounds = bets, log_bounds
         self.sequence = self.skipped = self.alarms = 0
-        self._restart()
+        self._restart(0)
 
-    def _restart(self) -> None:
+    def _restart(self, sequence: int) -> None:
+        """Begin anew with the event of that number."""
         assert self._bets is not None
         plain = self._recursion == _kernel.PLAIN
         self._clock = 0
         self._log_values = np.full(len(self._bets), 0.0 if plain else -math.inf)
         self._cusums = np.zeros(len(self._bets))
-        self._onsets = np.full(len(self._bets), self.sequence, dtype=np.int64)
+        self._onsets = np.full(len(self._bets), sequence, dtype=np.int64)
         begins_at_one = self._recursion in (_kernel.PLAIN, _kernel.HARMONIC)
         self._log_value = 0.0 if begins_at_one else -math.inf
 
