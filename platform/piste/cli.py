@@ -235,6 +235,10 @@ def _resume(options: argparse.Namespace, _fields: dict[str, Any]) -> int:
 
     ledger = open_ledger()
     run_id = running.resumable(ledger, options.run, options.local)
+    if ledger.run(run_id).provenance.get("kind") == "stream":
+        from piste import stream_command
+
+        return stream_command.follow(ledger, run_id, options)
     result = _to_the_end(ledger, run_id, options)
     _report(ledger, [run_id], options, [result])
     return _exit_code(result)

@@ -67,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
         follow,
     )
     streaming.add_argument("recipe", metavar="RECIPE")
-    streaming.add_argument("--id", metavar="ID", help="the streams' id: the same recipe under it goes on")
+    streaming.add_argument("--name", help="the streams' id: the same recipe under it goes on")
     studying = add("study", "a paper's claims, measured; exit 1 where a verdict is not the recorded one")
     studying.add_argument("studies", nargs="+", metavar="STUDY")
     studying.add_argument("--local", action="store_true", help="in this process, without Ray")

@@ -86,7 +86,7 @@ def _recipe(asked: argparse.Namespace) -> str | None:
         if len(asked.recipes) != 1:
             raise BadInput("a job runs one recipe: submit each by itself")
         return str(asked.recipes[0])
-    return getattr(asked, "recipe", None) if asked.command == "sweep" else None
+    return getattr(asked, "recipe", None) if asked.command in {"sweep", "stream"} else None
 
 
 def _validated(recipe: str, command: str, fields: dict[str, Any], folder: Path | None) -> Resources:
@@ -107,6 +107,10 @@ def _validated(recipe: str, command: str, fields: dict[str, Any], folder: Path |
     config = load_recipe(recipe, fields)
     if command == "sweep" and config.sweep is None:
         raise BadInput(f"{recipe} has no [sweep]: nothing to search")
+    if command == "stream":
+        from piste.streams import check
+
+        check(recipe, config)
     if config.resources.address is not None:
         raise BadInput("resources.address: a job computes on the cluster that it is sent to: leave it out")
     keep(known, config.resources.model_dump_json())

@@ -21,7 +21,7 @@ def execute(options: argparse.Namespace, fields: dict[str, Any]) -> int:
     fields |= running.ONE_WORKER if options.local else {}
     name, config = Path(options.recipe).stem, running.load_recipe(options.recipe, fields)
     ledger = open_ledger()
-    run_id = streams.plan(ledger, name, config, options.id)
+    run_id = streams.plan(ledger, name, config, options.name)
     return follow(ledger, run_id, options)
 
 

@@ -33,18 +33,27 @@ def plan(ledger: Ledger, name: str, config: Recipe, stream_id: str | None = None
     Raises:
         BadInput: The workload has no streams, or the id is that of streams that differ: the message says how.
     """
-    if not isinstance(config, StreamRecipe):
-        raise BadInput(f"workload {config.workload!r} has no streams: `piste run {name}` runs it")
+    check(name, config)
     if stream_id is not None and not _ID.fullmatch(stream_id):
-        raise BadInput(f"--id {stream_id!r}: use letters, digits, dots, dashes and underscores")
+        raise BadInput(f"--name {stream_id!r}: use letters, digits, dots, dashes and underscores")
     if stream_id is None or not ledger.has(stream_id):
         return running.plan(ledger, name, config, run_id=stream_id, kind=KIND)
     row = ledger.run(stream_id)
     changes = changed(row, config)
     if changes:
         shown = ", ".join(changes[:4]) + (f" and {len(changes) - 4} more" if len(changes) > 4 else "")
-        raise BadInput(f"{row.id} is there with another recipe: {shown}: give the streams another --id")
+        raise BadInput(f"{row.id} is there with another recipe: {shown}: give the streams another --name")
     return running.resumable(ledger, row.id, local=False)
+
+
+def check(recipe: str, config: Recipe) -> None:
+    """Refuses a recipe without streams.
+
+    Raises:
+        BadInput: It has none.
+    """
+    if not isinstance(config, StreamRecipe):
+        raise BadInput(f"workload {config.workload!r} has no streams: `piste run {recipe}` runs it")
 
 
 def changed(row: RunRow, config: Recipe) -> list[str]:
@@ -130,9 +139,10 @@ def _sum_up(ledger: Ledger, run_id: str, config: StreamRecipe, totals: Mapping[s
         metrics |= module.summarize(config, standing, alarms)
     view.log(metrics, last)
     names = {stream["number"]: stream["name"] for stream in standing}
-    if alarms:
-        listed = [{"stream": names[alarm["number"]], **alarm} for alarm in alarms[:LISTED_ALARMS]]
-        view.table("alarms", listed, last)
+    first = {(alarm["number"], alarm["detector"]): alarm for alarm in reversed(alarms)}
+    if first:
+        listed = [{"stream": names[number], **first[number, name]} for number, name in sorted(first)]
+        view.table("alarms", listed[:LISTED_ALARMS], last)
     for stream in (stream for stream in standing if stream["sequence"] < config.events):
         view.note(f"stream {stream['name']} ended after {stream['sequence']} events")
 

@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 MOST, BEST = 1_000, 200
 PAGE = 1_000
 # Rows of a batch: 1,000 entities less the tags that come with them.
-ROWS = 1_000 - 6
+ROWS = 1_000 - 7
 ENDED = ("FINISHED", "FAILED")
 
 

@@ -37,10 +37,11 @@ if TYPE_CHECKING:
 
     from piste.sweep_tracking import SweepRelay
 
-# With its two tags a batch stays within the 1,000 entities of one request of MLflow's, so that the mark is
+# With its three tags a batch stays within the 1,000 entities of one request of MLflow's, so that the mark is
 # never set before the rows that it stands for.
-BATCH = 998
+BATCH = 997
 MARK = "piste.relayed"
+ALARM = "alarm/"  # how a metric begins that is an alarm of a detector
 WHOLE = "piste.shown"  # the end of a run, once all of it is shown
 TERMINAL = {"finished": "FINISHED", "pruned": "FINISHED", "failed": "FAILED", "interrupted": "KILLED"}
 _ENVIRONMENT = {
@@ -300,6 +301,9 @@ def shown_metrics(rows: Sequence[StoredRow], objective: str = "") -> tuple[list[
     if marked:
         last = marked[-1]
         tags.append(RunTag("piste.nonfinite", f"{last.key} = {last.special} at {last.step}"))
+    if alarms := [r for r in rows if r.key.startswith(ALARM)]:
+        last = alarms[-1]
+        tags.append(RunTag("piste.alarm", f"{last.key.removeprefix(ALARM)} at {last.step}"))
     return metrics, tags
 
 
@@ -329,6 +333,11 @@ def tags(run: RunRow, origin: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _note(run: RunRow) -> str:
+    if run.provenance.get("kind") == "stream":
+        return (
+            f"Streams of **{run.workload}**, seed {run.seed}, from recipe `{run.recipe}`. The step of a "
+            "metric is the event's number; the first alarms of each stream are in `alarms.json`."
+        )
     method = method_of(run.config)
     settings = ", ".join(f"{k}={v}" for k, v in method.items() if k not in {"name", "base", "groups"} and v)
     return (

@@ -362,6 +362,24 @@ def test_a_probe_finds_what_a_host_cannot_reach(tmp_path: Path) -> None:
     assert not (tmp_path / "none.db").exists()
 
 
+def test_streams_are_sent_as_a_job_and_a_recipe_without_any_is_not(
+    ray: Ray, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("piste.job_command.connect", lambda address: cluster(ray))
+    monkeypatch.setattr("piste.job_command.version", HERE.__getitem__)
+    words = ["--address", "http://head:8265", "--no-follow"]
+    asked = ["stream", "stream-null", "--name", "nightly", "--resources.workers", "1"]
+    assert main(["submit", *asked, "--id", "sent", *words]) == 0
+    job = open_ledger().jobs.get("sent")
+    assert job.request["command"] == [*asked[:-2], "--resources.workers=1"]
+    open_ledger().jobs.set_subject("sent", "nightly")
+    open_ledger().jobs.set_status("sent", "failed", "why")
+    again = jobs.resume_command(open_ledger().jobs.get("sent"))
+    assert again == "piste submit resume nightly --address http://head:8265"
+    assert main(["submit", "stream", "mlp-steps", "--id", "none", *words]) == 2
+    assert "'mlp' has no streams: `piste run mlp-steps` runs it" in capsys.readouterr().err
+
+
 def test_an_old_answer_is_not_taken(ray: Ray, monkeypatch: pytest.MonkeyPatch) -> None:
     ledger = open_ledger()
     submit(ledger, cluster(ray), job_id="j")
