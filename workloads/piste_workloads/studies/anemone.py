@@ -119,7 +119,8 @@ def higher(task: str, others: Sequence[str] = OTHERS) -> Callable[[Lab], list[fl
         ours, *theirs = (
             [run.metrics[TESTED] for run in tuned(lab, task, name)] for name in ("anemone", *others)
         )
-        return [a - b for a, b in zip(ours, max(theirs, key=_total), strict=True)]
+        best = max(theirs, key=_total)
+        return [a - b for a, b in zip(ours, best, strict=True)]
 
     return measure
 
