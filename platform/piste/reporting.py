@@ -65,13 +65,13 @@ class ProgressBar:
                 yield
 
     def _lines(self, run_id: str, config: Recipe) -> Callable[[int, dict[str, float]], None]:
-        total, printed = _total(config), 0.0
+        total, printed, said = _total(config), 0.0, ""
 
         def show(step: int, latest: dict[str, float]) -> None:
-            nonlocal printed
-            if step == total or time.monotonic() - printed >= LINE_SECONDS:
-                printed = time.monotonic()
-                line = f"{run_id} step {step}{f'/{total}' if total else ''} {_said(config, latest)}"
+            nonlocal printed, said
+            line = f"{run_id} step {step}{f'/{total}' if total else ''} {_said(config, latest)}"
+            if line != said and (step == total or time.monotonic() - printed >= LINE_SECONDS):
+                printed, said = time.monotonic(), line
                 self._console.print(line, soft_wrap=True, highlight=False)
 
         return show

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
@@ -9,12 +10,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from tests.platform.driving import environment, write
 
 import piste
 from piste.cli import main
 from piste.errors import BadInput
 from piste.ledger import open_ledger
+from piste.reporting import ProgressBar
 
 pytest_plugins = ["tests.platform.fixtures"]
 
@@ -282,6 +285,14 @@ def test_json_lines_parse(command: Callable[..., str]) -> None:
     assert progress[-1]["metrics"]["train/loss"] == row["train/loss"]
     second = json.loads(command("rerun", row["run"], "--local", "--json").splitlines()[-1])
     assert (second["first"], second["differences"]) == (row["run"], {"train/loss": 0.0})
+
+
+def test_a_log_says_nothing_twice(files: dict[str, Path]) -> None:
+    written = io.StringIO()
+    show = ProgressBar(Console(file=written))._lines("q-1", piste.load_recipe(files["q"]))
+    for loss in (0.5, 0.5, 0.25):  # the last step's metrics may come in parts
+        show(6, {"train/loss": loss})
+    assert written.getvalue().splitlines() == [f"q-1 step 6/6 train/loss {loss}" for loss in (0.5, 0.25)]
 
 
 def test_two_recipes_are_run_and_compared(command: Callable[..., str], piste_home: Path) -> None:

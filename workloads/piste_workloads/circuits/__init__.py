@@ -19,14 +19,7 @@ __all__ = [
 
 verbs = {"score": score, "sample": sample, "impute": impute, "save": save}
 
-headline = (
-    "valid/log_likelihood",
-    "valid/bits_per_dimension",
-    "test/bits_per_dimension",
-    "best/epoch",
-    "cost/updates",
-    "time/cpu_s",
-)
+headline = ("valid/log_likelihood", "test/bits_per_dimension", "best/epoch", "time/cpu_s")
 
 # For the contract battery: six epochs of a small hidden Markov model on a small text, a checkpoint every two.
 test_settings = {
