@@ -130,7 +130,7 @@ def _follow_here(
 def _sum_up(ledger: Ledger, run_id: str, config: StreamRecipe, totals: Mapping[str, int], view: Run) -> None:
     """What came of all streams, as metrics and tables of the run."""
     module = catalog.load_workload(config.workload)
-    standing = ledger.streams.standing(run_id)
+    standing = ledger.streams.standing(run_id, states=True)
     alarms = [alarm_columns(alarm) for alarm in ledger.streams.alarms(run_id)]
     last = max((stream["sequence"] for stream in standing), default=0)
     metrics = {f"stream/{name}": float(totals[name]) for name in ("streams", "events", "skipped", "alarms")}

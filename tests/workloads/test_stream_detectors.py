@@ -55,7 +55,7 @@ def test_streams_of_every_detector_end_where_they_end_offline(no_view: None) -> 
 def test_a_saved_processor_goes_on_bit_for_bit_after_a_way_through_strict_json() -> None:
     config = small(detectors=ALL)
     events = open_source(config, [0]).read(0, 700)[0]
-    processor = open_processor(config, 0, None)
+    processor: Any = open_processor(config, 0, None)
     saved = (processor.origin(), processor.state())  # CUSUM's statistic is minus infinity here
     alarms = list[Any]()
     for first in range(0, 700, 50):

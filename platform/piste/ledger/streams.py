@@ -140,14 +140,16 @@ class Streams:
             )
         return {stream.number: stream for stream in found}
 
-    def standing(self, run_id: str) -> list[dict[str, Any]]:
-        """Where a run's streams stand, by number, without their states."""
-        names = ("number", "name", "sequence", "ended", "skipped", "alarms", "wealth")
+    def standing(self, run_id: str, states: bool = False) -> list[dict[str, Any]]:
+        """Where a run's streams stand, by number; with `states` also their states."""
+        names = ["number", "name", "sequence", "ended", "skipped", "alarms", "wealth"]
+        coded_ones = ["wealth", *(["state"] if states else [])]
+        names += coded_ones[1:]
         columns = [getattr(Stream, name) for name in names]
         query = select(*columns).where(Stream.run_id == run_id).order_by(Stream.number)
         with self._database.reading() as connection:
             rows = [dict(row._mapping) for row in connection.execute(query)]
-        return [row | {"wealth": decoded(row["wealth"])} for row in rows]
+        return [row | {name: decoded(row[name]) for name in coded_ones} for row in rows]
 
     def totals(self, run_id: str) -> dict[str, int]:
         """How many streams a run has, how many have ended, and events, skipped ones and alarms of all."""

@@ -2,13 +2,14 @@
 
 from piste_workloads.stream.config import Config
 from piste_workloads.stream.summary import summarize
-from piste_workloads.stream.train import open_processor, open_source, stream_names, train
+from piste_workloads.stream.train import open_processor, open_source, prepare_data, stream_names, train
 
 __all__ = [
     "Config",
     "headline",
     "open_processor",
     "open_source",
+    "prepare_data",
     "stream_names",
     "summarize",
     "test_settings",

@@ -6,10 +6,19 @@ import inspect
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+from torch import nn
 
 from piste.config import Section
 from piste.errors import nearest
 from piste.shards import StreamRecipe
+from piste_algorithms.adaptation import (
+    EntropyMatching,
+    FisherPrompt,
+    GradientPrompt,
+    NormalizationPrompt,
+    Tent,
+)
+from piste_algorithms.adaptation.adapter import Adapter
 from piste_algorithms.martingales import ConformalDetector, Cusum, ShiftDetector, ShiryaevRoberts
 from piste_algorithms.martingales.detector import Detector
 
@@ -29,8 +38,8 @@ class Source(Section):
     is drawn by itself, with a calibration sample of its own.
     """
 
-    name: Literal["gamma", "gaussian", "lognormal", "autoregressive"] = "gamma"
-    streams: int = Field(default=8, ge=1)
+    name: Literal["gamma", "gaussian", "lognormal", "autoregressive", "images"] = "gamma"
+    streams: int = Field(default=8, ge=1, description="simulated ones; of images there is one an adapter")
     events: int = Field(default=10_000, ge=1, description="events of a stream")
     calibration: int = Field(default=2000, ge=2, description="events of the source before a stream begins")
     shift: float = Field(default=0.0, description="standard deviations that scores are moved by; 0: none")
@@ -38,6 +47,81 @@ class Source(Section):
     correlation: float = Field(
         default=0.5, gt=-1.0, lt=1.0, description="of neighbours; autoregressive alone"
     )
+
+
+class ImageSection(Section):
+    """`[images]`: which images, how they are corrupted from `source.onset` on, and the classifier."""
+
+    dataset: str = "mnist5k"
+    corruption: Literal["noise", "blur", "contrast", "rotation"] = "noise"
+    severity: float = Field(default=1.0, gt=0.0, le=1.0)
+    until: int = Field(default=1200, ge=0, description="the number of the first image that is whole again")
+    batch: int = Field(default=25, ge=1, description="images that are classified, and adapted to, at once")
+    alpha: float = Field(default=1.0, ge=0.0, description="weight of the features in the score")
+    steps: int = Field(default=8, ge=1, description="batches that are adapted to after an alarm")
+    return_after: int | None = Field(
+        default=100, ge=1, description="images without an alarm upon which the first prompt is restored"
+    )
+    train: int = Field(default=2000, ge=1, description="images that train the classifier")
+    reference: int = Field(default=400, ge=2, description="images of the score and of the adapters' source")
+    epochs: int = Field(default=8, ge=1)
+    width: int = Field(default=8, ge=1, description="channels of the network's first layer")
+
+
+ADAPTERS: dict[str, type[Any]] = {
+    "fisher": FisherPrompt,
+    "tent": Tent,
+    "entropy_matching": EntropyMatching,
+    "gradient": GradientPrompt,
+}
+
+
+def _check_arguments(what: str, kind: str, known: dict[str, type[Any]], options: dict[str, Any]) -> None:
+    """Refuses an unknown kind, and arguments that it does not take.
+
+    Raises:
+        ValueError: With the nearest that there is.
+    """
+    if kind not in known:
+        raise ValueError(f"unknown kind of {what} {kind!r}{nearest(kind, known)}")
+    accepted = list(inspect.signature(known[kind]).parameters)
+    for key in options:
+        if key not in accepted:
+            raise ValueError(f"{what} {kind!r} takes no {key!r}{nearest(key, accepted)}")
+
+
+class AdapterSection(BaseModel):
+    """`[adapters.NAME]`: a kind of adapter of images and its keyword arguments.
+
+    Kinds: `none`, and `fisher`, `tent`, `entropy_matching`, `gradient`, with the arguments of the classes
+    `FisherPrompt`, `Tent`, `EntropyMatching`, `GradientPrompt` of `piste_algorithms.adaptation`.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+    kind: str = "none"
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The keyword arguments (the extra keys)."""
+        return dict(self.model_extra or {})
+
+    def build(self, network: nn.Module) -> Adapter | None:
+        """The adapter of a network's normalisation layers; None where it is left as it is.
+
+        Raises:
+            ValueError: There is no such kind, it takes no such argument, or not such a value.
+        """
+        if self.kind == "none" and not self.options:
+            return None
+        _check_arguments("adapter", self.kind, ADAPTERS, self.options)
+        model = NormalizationPrompt(network)
+        built: Adapter = ADAPTERS[self.kind](model, model.initial(), **self.options)
+        return built
+
+    @model_validator(mode="after")
+    def _can_be_built(self) -> Self:
+        self.build(nn.LayerNorm(1))
+        return self
 
 
 class DetectorSection(BaseModel):
@@ -61,12 +145,7 @@ class DetectorSection(BaseModel):
         Raises:
             ValueError: There is no such kind, it takes no such argument, or not such a value.
         """
-        if self.kind not in KINDS:
-            raise ValueError(f"unknown kind of detector {self.kind!r}{nearest(self.kind, KINDS)}")
-        accepted = list(inspect.signature(KINDS[self.kind]).parameters)
-        for key in self.options:
-            if key not in accepted:
-                raise ValueError(f"a detector {self.kind!r} takes no {key!r}{nearest(key, accepted)}")
+        _check_arguments("detector", self.kind, KINDS, self.options)
         built: Detector = KINDS[self.kind](**self.options)
         return built
 
@@ -84,6 +163,17 @@ class Config(StreamRecipe, frozen=True):
     detectors: dict[str, DetectorSection] = Field(
         default={"shift": DetectorSection()}, min_length=1, description="by names of one's own"
     )
+    images: ImageSection = ImageSection()
+    adapters: dict[str, AdapterSection] = Field(
+        default={"none": AdapterSection()}, min_length=1, description="of images, by names of one's own"
+    )
+
+    @property
+    def stream_names(self) -> list[str]:
+        """The streams' names, by number."""
+        if self.source.name == "images":
+            return list(self.adapters)
+        return [f"{self.source.name}-{number}" for number in range(self.source.streams)]
 
     @property
     def events(self) -> int:
@@ -94,6 +184,18 @@ class Config(StreamRecipe, frozen=True):
     def total_steps(self) -> int:
         """Where a run of this configuration ends, in batches."""
         return -(-self.source.events // self.stream.batch)
+
+    @model_validator(mode="after")
+    def _images_are_batched(self) -> Self:
+        if self.source.name == "images":
+            if self.stream.batch % self.images.batch:
+                raise ValueError(
+                    f"stream.batch = {self.stream.batch} must be a multiple of "
+                    f"images.batch = {self.images.batch}"
+                )
+            if len(self.detectors) > 1:
+                raise ValueError("streams of images take one detector, whose alarms start adaptation")
+        return self
 
     @model_validator(mode="after")
     def _calibration_suffices(self) -> Self:

@@ -45,7 +45,7 @@ class Scores:
     @property
     def wealth(self) -> Mapping[str, float]:
         """The logarithm of each detector's statistic."""
-        return {name: _log_statistic(detector) for name, detector in self.detectors.items()}
+        return {name: log_statistic(detector) for name, detector in self.detectors.items()}
 
     def take(self, events: NDArray[np.float64]) -> Taken:
         """Takes the stream's next scores; one that is to be refused ends it."""
@@ -54,7 +54,7 @@ class Scores:
             index = int(np.argmin(np.isfinite(events)))
             failure, events = f"its score is {events[index]}", events[:index]
         alarms = [
-            _columns(name, self._parameters[name], alarm)
+            alarm_columns(name, self._parameters[name], alarm)
             for name, detector in self.detectors.items()
             for alarm in detector.update_many(events)
         ]
@@ -73,13 +73,14 @@ def _part(state: dict[str, Any], constant: bool) -> dict[str, Any]:
     return {key: value for key, value in state.items() if (key in _ORIGIN) == constant}
 
 
-def _log_statistic(detector: Detector) -> float:
+def log_statistic(detector: Detector) -> float:
     """The log-wealth; the log-statistic of one that has no wealth."""
     found: float = getattr(detector, "log_wealth" if hasattr(detector, "log_wealth") else "log_statistic")
     return found
 
 
-def _columns(name: str, parameters: dict[str, Any], alarm: Alarm) -> dict[str, Any]:
+def alarm_columns(name: str, parameters: dict[str, Any], alarm: Alarm) -> dict[str, Any]:
+    """An alarm as the ledger takes it."""
     return {
         "detector": name,
         "sequence": alarm.sequence,

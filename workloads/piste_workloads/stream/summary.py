@@ -9,9 +9,11 @@ from typing import Any
 
 from piste_algorithms.martingales import expected_delay
 from piste_workloads.stream.config import Config
+from piste_workloads.stream.images import accuracies
 from piste_workloads.stream.simulated import samples
 
 SAMPLES = 100_000
+INDEPENDENT = ("gamma", "gaussian", "lognormal")
 
 
 def summarize(
@@ -21,7 +23,7 @@ def summarize(
 
     Args:
         config: The recipe.
-        streams: `number` and `sequence` of each stream, among others.
+        streams: `number`, `name`, `sequence` and `state` of each stream, among others.
         alarms: `number`, `detector`, `sequence` and `onset` of each alarm, among others, in their order.
 
     Returns:
@@ -29,10 +31,12 @@ def summarize(
         where there is a shift also, of the other streams, `detected/NAME`, the part with an alarm after it,
         and of their first such alarms `delay/NAME`, the mean number of shifted events until then,
         `delay_ratio/NAME`, that over log(2 / false_alarm_rate) / information gain, and `onset_error/NAME`,
-        the median distance of the estimated onset from the true one.
+        the median distance of the estimated onset from the true one. Of images `accuracy_before/NAME`,
+        `accuracy_during/NAME` and `accuracy_after/NAME` of each stream.
     """
-    onset = config.source.onset if config.source.shift != 0.0 else math.inf
-    found: dict[str, float] = {}
+    images = config.source.name == "images"
+    onset = config.source.onset if images or config.source.shift != 0.0 else math.inf
+    found: dict[str, float] = accuracies(streams) if images else {}
     for name, section in config.detectors.items():
         mine = [alarm for alarm in alarms if alarm["detector"] == name]
         false = {alarm["number"] for alarm in mine if alarm["sequence"] < onset}
@@ -50,7 +54,7 @@ def summarize(
         delay = statistics.fmean(alarm["sequence"] - onset + 1 for alarm in first.values())
         found[f"delay/{name}"] = delay
         found[f"onset_error/{name}"] = statistics.median(abs(a["onset"] - onset) for a in first.values())
-        if config.source.name != "autoregressive" and hasattr(built := section.build(), "false_alarm_rate"):
+        if config.source.name in INDEPENDENT and hasattr(built := section.build(), "false_alarm_rate"):
             _, expected = expected_delay(*samples(config, SAMPLES), built.false_alarm_rate)
             found[f"delay_ratio/{name}"] = delay / expected
     return found

@@ -12,8 +12,10 @@ from typing import Any
 import torch
 
 from piste.errors import BadInput
+from piste.shards import Processor, Source
 from piste.workload import Run
 from piste_workloads.stream.config import Config
+from piste_workloads.stream.images import Classified, ImageSource, material
 from piste_workloads.stream.processing import Saved, Scores
 from piste_workloads.stream.simulated import SimulatedSource, calibration
 from piste_workloads.stream.summary import summarize
@@ -21,16 +23,33 @@ from piste_workloads.stream.summary import summarize
 
 def stream_names(config: Config) -> Sequence[str]:
     """The streams' names, by number."""
-    return [f"{config.source.name}-{number}" for number in range(config.source.streams)]
+    return config.stream_names
 
 
-def open_source(config: Config, numbers: Sequence[int]) -> SimulatedSource:
+def prepare_data(config: Config) -> str:
+    """Trains the classifier of images once, before any worker.
+
+    Returns:
+        The hash of its weights and of the images; nothing for simulated streams.
+
+    Raises:
+        BadInput: The images cannot be had, or are too few.
+    """
+    return material(config).sha256 if config.source.name == "images" else ""
+
+
+def open_source(config: Config, numbers: Sequence[int]) -> Source:
     """Where the events of some streams come from."""
-    return SimulatedSource(config, numbers)
+    return (
+        ImageSource(config, numbers) if config.source.name == "images" else SimulatedSource(config, numbers)
+    )
 
 
-def open_processor(config: Config, number: int, saved: Saved | None) -> Scores:
+def open_processor(config: Config, number: int, saved: Saved | None) -> Processor:
     """What the events of a stream go through, from its beginning or from a saved state."""
+    if config.source.name == "images":
+        torch.set_num_threads(config.resources.cpus_per_worker)
+        return Classified(config, number, saved)
     return Scores(config, calibration(config, number) if saved is None else None, saved)
 
 
@@ -66,14 +85,17 @@ def train(config: Config, run: Run) -> None:
             run.report({}, step, checkpoint=state)
         if stop and step < steps:
             return
-    ends = [{"number": number, "sequence": config.events} for number in numbers]
+    ends = [
+        {"number": n, "name": config.stream_names[n], "sequence": config.events, "state": p.state()}
+        for n, p in enumerate(processors)
+    ]
     alarms.sort(key=lambda alarm: (alarm["number"], alarm["detector"], alarm["sequence"]))
     metrics = {"stream/alarms": float(len(alarms))}
     metrics["stream/alarmed"] = float(len({alarm["number"] for alarm in alarms}))
     run.log(metrics | summarize(config, ends, alarms), steps)
 
 
-def _wealth(processors: Sequence[Scores]) -> dict[str, torch.Tensor]:
+def _wealth(processors: Sequence[Processor]) -> dict[str, torch.Tensor]:
     """The log-wealth of each stream by detector: what a run of streams has instead of a model."""
     return {
         name: torch.tensor([processor.wealth[name] for processor in processors], dtype=torch.float64)
@@ -81,5 +103,5 @@ def _wealth(processors: Sequence[Scores]) -> dict[str, torch.Tensor]:
     }
 
 
-def _first_wealth(processor: Scores) -> float:
+def _first_wealth(processor: Processor) -> float:
     return next(iter(processor.wealth.values()))
