@@ -12,6 +12,7 @@ from piste import running, streams
 from piste.errors import BadInput
 from piste.ledger import open_ledger
 from piste.ledger.streams import coded, decoded
+from piste_algorithms.adaptation import NormalizationPrompt
 from piste_workloads.stream import Config, open_processor, open_source
 from piste_workloads.stream.images import CORRUPTIONS, Classified, Images, material
 
@@ -88,6 +89,8 @@ def test_a_saved_classifier_goes_on_bit_for_bit(number: int) -> None:
     assert isinstance(whole, Classified)
     ours, theirs = part._stream.adapter, whole._stream.adapter
     assert torch.equal(ours.prompt, theirs.prompt)
+    initial = NormalizationPrompt(material(config).network).initial()
+    assert torch.equal(ours.prompt, initial) == (number == 0)  # it is adapted, where it is to be
     assert torch.equal(ours.predict(events.x), theirs.predict(events.x))
     assert (part.state()["right"], part.state()["seen"]) == (whole.state()["right"], whole.state()["seen"])
 
@@ -103,8 +106,6 @@ def test_nothing_is_adapted_before_the_alarm_and_the_run_says_how_many_were_righ
     before = {result.metrics[f"accuracy_before/{name}"] for name in names}
     assert len(before) == 1
     assert before.pop() > 0.5  # of ten digits: it has learnt them
-    during = [result.metrics[f"accuracy_during/{name}"] for name in names]
-    assert len(set(during)) > 2  # the adapters do different things
     for name in names:
         shown = dict(ledger.history(run_id, f"accuracy/{name}"))
         assert list(shown) == list(range(50, 501, 50))
