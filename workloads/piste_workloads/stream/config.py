@@ -35,15 +35,31 @@ class Source(Section):
     """`[source]`: where the events come from.
 
     Simulated ones are scores of a law that a shift moves by so many of its standard deviations; each stream
-    is drawn by itself, with a calibration sample of its own.
+    is drawn by itself, with a calibration sample of its own. Recorded ones are series that are calibrated
+    with their own first events.
     """
 
-    name: Literal["gamma", "gaussian", "lognormal", "autoregressive", "images"] = "gamma"
+    name: Literal[
+        "gamma",
+        "gaussian",
+        "lognormal",
+        "autoregressive",
+        "glucose",
+        "water_flow",
+        "trump_approval",
+        "elec2",
+        "nab",
+        "images",
+    ] = "gamma"
     streams: int = Field(default=8, ge=1, description="simulated ones; of images there is one an adapter")
     events: int = Field(default=10_000, ge=1, description="events of a stream")
     calibration: int = Field(default=2000, ge=2, description="events of the source before a stream begins")
     shift: float = Field(default=0.0, description="standard deviations that scores are moved by; 0: none")
     onset: int = Field(default=0, ge=0, description="the number of the first shifted event")
+    score: Literal["value", "difference"] = Field(
+        default="value", description="of recorded events: themselves, or each less the one before"
+    )
+    block: int = Field(default=1, ge=1, description="recorded events that are averaged into one")
     correlation: float = Field(
         default=0.5, gt=-1.0, lt=1.0, description="of neighbours; autoregressive alone"
     )
@@ -167,13 +183,6 @@ class Config(StreamRecipe, frozen=True):
     adapters: dict[str, AdapterSection] = Field(
         default={"none": AdapterSection()}, min_length=1, description="of images, by names of one's own"
     )
-
-    @property
-    def stream_names(self) -> list[str]:
-        """The streams' names, by number."""
-        if self.source.name == "images":
-            return list(self.adapters)
-        return [f"{self.source.name}-{number}" for number in range(self.source.streams)]
 
     @property
     def events(self) -> int:

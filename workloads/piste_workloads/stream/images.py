@@ -209,8 +209,7 @@ class Classified:
         self._name, chosen = next(iter(config.detectors.items()))
         detector: Any = chosen.build()
         score = FisherScore(_Monitored(shared.network), shared.reference, config.images.alpha)
-        self._adapter = config.adapters[config.stream_names[number]].build(shared.network)
-        adapter = self._adapter or _Unadapted(shared.network)
+        adapter = list(config.adapters.values())[number].build(shared.network) or _Unadapted(shared.network)
         if saved is None:
             detector.calibrate(score(shared.calibration))
             adapter.fit_source(shared.reference)

@@ -10,6 +10,7 @@ from typing import Any
 from piste_algorithms.martingales import expected_delay
 from piste_workloads.stream.config import Config
 from piste_workloads.stream.images import accuracies
+from piste_workloads.stream.recorded import RECORDED
 from piste_workloads.stream.simulated import samples
 
 SAMPLES = 100_000
@@ -27,9 +28,10 @@ def summarize(
         alarms: `number`, `detector`, `sequence` and `onset` of each alarm, among others, in their order.
 
     Returns:
-        For each detector `false_alarm_rate/NAME`, the part of the streams with an alarm before the shift;
-        where there is a shift also, of the other streams, `detected/NAME`, the part with an alarm after it,
-        and of their first such alarms `delay/NAME`, the mean number of shifted events until then,
+        Of recorded streams `alarmed/NAME` of each detector, the part of the streams with an alarm. Of all
+        others `false_alarm_rate/NAME` of each detector, the part of the streams with an alarm before the
+        shift, and where there is a shift, of the other streams, `detected/NAME`, the part with an alarm after
+        it, and of their first such alarms `delay/NAME`, the mean number of shifted events until then,
         `delay_ratio/NAME`, that over log(2 / false_alarm_rate) / information gain, and `onset_error/NAME`,
         the median distance of the estimated onset from the true one. Of images `accuracy_before/NAME`,
         `accuracy_during/NAME` and `accuracy_after/NAME` of each stream.
@@ -38,6 +40,11 @@ def summarize(
     onset = config.source.onset if images or config.source.shift != 0.0 else math.inf
     found: dict[str, float] = accuracies(streams) if images else {}
     for name, section in config.detectors.items():
+        if config.source.name in RECORDED:
+            found[f"alarmed/{name}"] = len({a["number"] for a in alarms if a["detector"] == name}) / len(
+                streams
+            )
+            continue
         mine = [alarm for alarm in alarms if alarm["detector"] == name]
         false = {alarm["number"] for alarm in mine if alarm["sequence"] < onset}
         found[f"false_alarm_rate/{name}"] = len(false) / len(streams)

@@ -14,35 +14,45 @@ import torch
 from piste.errors import BadInput
 from piste.shards import Processor, Source
 from piste.workload import Run
+from piste_workloads.stream import recorded, simulated
 from piste_workloads.stream.config import Config
 from piste_workloads.stream.images import Classified, ImageSource, material
 from piste_workloads.stream.processing import Saved, Scores
-from piste_workloads.stream.simulated import SimulatedSource, calibration
+from piste_workloads.stream.recorded import RECORDED, RecordedSource
+from piste_workloads.stream.simulated import SimulatedSource
 from piste_workloads.stream.summary import summarize
 
 
 def stream_names(config: Config) -> Sequence[str]:
     """The streams' names, by number."""
-    return config.stream_names
+    if config.source.name == "images":
+        return list(config.adapters)
+    if config.source.name in RECORDED:
+        return list(recorded.scores(config))
+    return [f"{config.source.name}-{number}" for number in range(config.source.streams)]
 
 
 def prepare_data(config: Config) -> str:
-    """Trains the classifier of images once, before any worker.
+    """Reads what was recorded, and trains the classifier of images, once, before any worker.
 
     Returns:
-        The hash of its weights and of the images; nothing for simulated streams.
+        The hash of the series, or of the images and the weights; nothing for simulated streams.
 
     Raises:
-        BadInput: The images cannot be had, or are too few.
+        BadInput: They cannot be had, or are too few.
     """
-    return material(config).sha256 if config.source.name == "images" else ""
+    if config.source.name == "images":
+        return material(config).sha256
+    return recorded.data_hash(config) if config.source.name in RECORDED else ""
 
 
 def open_source(config: Config, numbers: Sequence[int]) -> Source:
     """Where the events of some streams come from."""
-    return (
-        ImageSource(config, numbers) if config.source.name == "images" else SimulatedSource(config, numbers)
-    )
+    if config.source.name == "images":
+        return ImageSource(config, numbers)
+    if config.source.name in RECORDED:
+        return RecordedSource(config, numbers)
+    return SimulatedSource(config, numbers)
 
 
 def open_processor(config: Config, number: int, saved: Saved | None) -> Processor:
@@ -50,7 +60,10 @@ def open_processor(config: Config, number: int, saved: Saved | None) -> Processo
     if config.source.name == "images":
         torch.set_num_threads(config.resources.cpus_per_worker)
         return Classified(config, number, saved)
-    return Scores(config, calibration(config, number) if saved is None else None, saved)
+    if saved is not None:
+        return Scores(config, None, saved)
+    calibration = recorded.calibration if config.source.name in RECORDED else simulated.calibration
+    return Scores(config, calibration(config, number), None)
 
 
 def train(config: Config, run: Run) -> None:
@@ -64,30 +77,38 @@ def train(config: Config, run: Run) -> None:
     """
     if run.world_size > 1:
         raise BadInput("`piste run` follows streams in one process: `piste stream` spreads them over workers")
-    numbers = range(len(stream_names(config)))
-    source = open_source(config, numbers)
-    found = run.restore()
-    saved = found["streams"] if found is not None else [None] * len(numbers)
-    alarms: list[dict[str, Any]] = found["alarms"] if found is not None else []
-    processors = [open_processor(config, number, saved[number]) for number in numbers]
-    begun, steps = (found["step"] if found is not None else 0), config.total_steps
-    for step in range(begun + 1, steps + 1):
+    names = stream_names(config)
+    source = open_source(config, range(len(names)))
+    found = run.restore() or {
+        "step": 0,
+        "streams": [None] * len(names),
+        "alarms": [],
+        "taken": [0] * len(names),
+    }
+    processors = [open_processor(config, number, saved) for number, saved in enumerate(found["streams"])]
+    alarms: list[dict[str, Any]] = found["alarms"]
+    counts: list[int] = found["taken"]
+    steps = config.total_steps
+    for step in range(found["step"] + 1, steps + 1):
         for number, events in source.read((step - 1) * config.stream.batch, config.stream.batch).items():
+            if len(events) == 0:  # it has ended early
+                continue
             taken = processors[number].take(events)
             if taken.failure is not None:
-                raise BadInput(f"stream {stream_names(config)[number]}: {taken.failure}")
+                raise BadInput(f"stream {names[number]}: {taken.failure}")
+            counts[number] += taken.count
             alarms += [{"number": number, **alarm} for alarm in taken.alarms]
         run.log({"train/loss": -statistics.fmean(_first_wealth(p) for p in processors)}, step)
         stop = run.should_stop
         if stop or config.checkpoints.due(step, steps):
             states = [(processor.origin(), processor.state()) for processor in processors]
-            state = {"model": _wealth(processors), "streams": states, "alarms": alarms}
+            state = {"model": _wealth(processors), "streams": states, "alarms": alarms, "taken": counts}
             run.report({}, step, checkpoint=state)
         if stop and step < steps:
             return
     ends = [
-        {"number": n, "name": config.stream_names[n], "sequence": config.events, "state": p.state()}
-        for n, p in enumerate(processors)
+        {"number": number, "name": names[number], "sequence": counts[number], "state": processor.state()}
+        for number, processor in enumerate(processors)
     ]
     alarms.sort(key=lambda alarm: (alarm["number"], alarm["detector"], alarm["sequence"]))
     metrics = {"stream/alarms": float(len(alarms))}
