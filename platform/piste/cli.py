@@ -285,7 +285,11 @@ def _sweep(options: argparse.Namespace, fields: dict[str, Any]) -> int:
 
 
 def _stream(options: argparse.Namespace, fields: dict[str, Any]) -> int:
-    if not options.local:
+    if options.recipe is None and options.watch is None:
+        raise BadInput("name a recipe, or a run with --watch")
+    if options.metric is not None and options.watch is None:
+        raise BadInput("--metric goes with --watch RUN")
+    if not options.local and options.watch is None:
         _check_resources(options.recipe, fields)
     from piste import stream_command
 

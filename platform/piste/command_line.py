@@ -66,7 +66,9 @@ def _parser() -> argparse.ArgumentParser:
         "follow streams with detectors of shifts, on Ray actors; --section.field VALUE overrides",
         follow,
     )
-    streaming.add_argument("recipe", metavar="RECIPE")
+    streaming.add_argument("recipe", nargs="?", metavar="RECIPE")
+    streaming.add_argument("--watch", metavar="RUN", help="follow a metric of a run in progress")
+    streaming.add_argument("--metric", metavar="KEY", help="which; default: train/loss")
     streaming.add_argument("--name", help="the streams' id: the same recipe under it goes on")
     studying = add("study", "a paper's claims, measured; exit 1 where a verdict is not the recorded one")
     studying.add_argument("studies", nargs="+", metavar="STUDY")

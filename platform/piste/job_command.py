@@ -86,6 +86,10 @@ def _recipe(asked: argparse.Namespace) -> str | None:
         if len(asked.recipes) != 1:
             raise BadInput("a job runs one recipe: submit each by itself")
         return str(asked.recipes[0])
+    if asked.command == "stream" and (asked.recipe is None or asked.watch is not None):
+        raise BadInput(
+            "a job follows the streams of a recipe: run `piste stream --watch` where the ledger is"
+        )
     return getattr(asked, "recipe", None) if asked.command in {"sweep", "stream"} else None
 
 

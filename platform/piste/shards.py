@@ -50,6 +50,11 @@ class StreamRecipe(Recipe, frozen=True):
         """How many events a stream is to have."""
         raise NotImplementedError
 
+    @property
+    def watched(self) -> tuple[str, str] | None:
+        """The run and the metric that the one stream is, where it is one of the ledger's."""
+        return None
+
 
 Events = Any  # a sequence of events that can be sliced: an array, or a workload's own
 

@@ -10,17 +10,22 @@ from typing import Any
 
 from rich.console import Console
 
-from piste import running, streams
+from piste import running, streams, watching
 from piste.errors import BadInput, PisteError, Terminated
 from piste.ledger import Ledger, open_ledger
 from piste.stream_view import StreamLines, StreamView, alarm_table, summary_lines
 
+WATCHING = "stream-watch"  # the recipe of `--watch` where none is named
+
 
 def execute(options: argparse.Namespace, fields: dict[str, Any]) -> int:
     """Plans streams, or takes them up, and follows them; returns the exit code."""
+    ledger, recipe = open_ledger(), options.recipe or WATCHING
     fields |= running.ONE_WORKER if options.local else {}
-    name, config = Path(options.recipe).stem, running.load_recipe(options.recipe, fields)
-    ledger = open_ledger()
+    if options.watch is not None:
+        metric = options.metric or "train/loss"
+        fields |= {"source.run": watching.check(ledger, options.watch, metric), "source.metric": metric}
+    name, config = Path(recipe).stem, running.load_recipe(recipe, fields)
     run_id = streams.plan(ledger, name, config, options.name)
     return follow(ledger, run_id, options)
 

@@ -84,7 +84,7 @@ def execute(ledger: Ledger, run_id: str, config: StreamRecipe, stop: threading.E
         run_id: The run.
         config: Its recipe.
         stop: Set when it is to end early.
-        local: In this process, one shard, without Ray.
+        local: In this process, one shard, without Ray; so is a metric of the ledger always followed.
 
     Returns:
         Whether it has ended early because it was to.
@@ -93,7 +93,7 @@ def execute(ledger: Ledger, run_id: str, config: StreamRecipe, stop: threading.E
         PisteError: A source or a detector failed; all that came before is in the ledger.
     """
     before, begun = ledger.streams.totals(run_id)["events"], time.monotonic()
-    if local:
+    if local or config.watched is not None:
         attempt = ledger.begin_attempt(run_id)
         stopped = _follow_here(ledger, run_id, config, attempt, stop)
     else:
@@ -117,6 +117,10 @@ def _follow_here(
     ledger: Ledger, run_id: str, config: StreamRecipe, attempt: int, stop: threading.Event
 ) -> bool:
     module = catalog.load_workload(config.workload)
+    if config.watched is not None:
+        from piste import watching
+
+        return watching.follow(ledger, run_id, module, config, attempt, stop)
     numbers = range(len(module.stream_names(config)))
     shard = Shard(module, config, numbers, ledger.streams, run_id, attempt)
     source = module.open_source(config, numbers)
@@ -143,7 +147,8 @@ def _sum_up(ledger: Ledger, run_id: str, config: StreamRecipe, totals: Mapping[s
     if first:
         listed = [{"stream": names[number], **first[number, name]} for number, name in sorted(first)]
         view.table("alarms", listed[:LISTED_ALARMS], last)
-    for stream in (stream for stream in standing if stream["sequence"] < config.events):
+    early = [] if config.watched else [each for each in standing if each["sequence"] < config.events]
+    for stream in early:
         view.note(f"stream {stream['name']} ended after {stream['sequence']} events")
 
 

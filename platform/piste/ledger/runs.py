@@ -161,6 +161,13 @@ class Runs(Database):
         with self.session() as session:
             return [(metric.step, number(metric)) for metric in session.scalars(query)]
 
+    def events(self, run_id: str, key: str, first: int, limit: int) -> list[tuple[int, float]]:
+        """Values of one metric as `(step, value)` in the order of their commit, from the `first`-th on."""
+        query = select(Metric).where(Metric.run_id == run_id, Metric.key == key).order_by(Metric.id)
+        with self.session() as session:
+            found = session.scalars(query.offset(first).limit(limit))
+            return [(metric.step, number(metric)) for metric in found]
+
     def keys(self, run_id: str) -> list[str]:
         """The names of the metrics that a run has."""
         query = select(Metric.key).where(Metric.run_id == run_id).distinct()

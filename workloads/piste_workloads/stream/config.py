@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -36,7 +37,7 @@ class Source(Section):
 
     Simulated ones are scores of a law that a shift moves by so many of its standard deviations; each stream
     is drawn by itself, with a calibration sample of its own. Recorded ones are series that are calibrated
-    with their own first events.
+    with their own first events, and so is the metric of a run.
     """
 
     name: Literal[
@@ -50,7 +51,10 @@ class Source(Section):
         "elec2",
         "nab",
         "images",
+        "metric",
     ] = "gamma"
+    run: str = Field(default="", description="the run that a metric is of")
+    metric: str = Field(default="train/loss", min_length=1, description="a metric of a run in the ledger")
     streams: int = Field(default=8, ge=1, description="simulated ones; of images there is one an adapter")
     events: int = Field(default=10_000, ge=1, description="events of a stream")
     calibration: int = Field(default=2000, ge=2, description="events of the source before a stream begins")
@@ -186,8 +190,13 @@ class Config(StreamRecipe, frozen=True):
 
     @property
     def events(self) -> int:
-        """How many events a stream is to have."""
-        return self.source.events
+        """How many events a stream is to have; a metric has as many as its run gives it."""
+        return sys.maxsize if self.source.name == "metric" else self.source.events
+
+    @property
+    def watched(self) -> tuple[str, str] | None:
+        """The run and the metric that is followed, where it is one of the ledger's."""
+        return (self.source.run, self.source.metric) if self.source.name == "metric" else None
 
     @property
     def total_steps(self) -> int:

@@ -28,8 +28,8 @@ def summarize(
         alarms: `number`, `detector`, `sequence` and `onset` of each alarm, among others, in their order.
 
     Returns:
-        Of recorded streams `alarmed/NAME` of each detector, the part of the streams with an alarm. Of all
-        others `false_alarm_rate/NAME` of each detector, the part of the streams with an alarm before the
+        Of recorded streams and metrics `alarmed/NAME` of each detector, the part with an alarm. Of all others
+        `false_alarm_rate/NAME` of each detector, the part of the streams with an alarm before the
         shift, and where there is a shift, of the other streams, `detected/NAME`, the part with an alarm after
         it, and of their first such alarms `delay/NAME`, the mean number of shifted events until then,
         `delay_ratio/NAME`, that over log(2 / false_alarm_rate) / information gain, and `onset_error/NAME`,
@@ -40,7 +40,7 @@ def summarize(
     onset = config.source.onset if images or config.source.shift != 0.0 else math.inf
     found: dict[str, float] = accuracies(streams) if images else {}
     for name, section in config.detectors.items():
-        if config.source.name in RECORDED:
+        if config.source.name in (*RECORDED, "metric"):
             found[f"alarmed/{name}"] = len({a["number"] for a in alarms if a["detector"] == name}) / len(
                 streams
             )

@@ -19,6 +19,7 @@ from piste_workloads.stream.config import Config
 from piste_workloads.stream.images import Classified, ImageSource, material
 from piste_workloads.stream.processing import Saved, Scores
 from piste_workloads.stream.recorded import RECORDED, RecordedSource
+from piste_workloads.stream.self_calibrated import SelfCalibrated
 from piste_workloads.stream.simulated import SimulatedSource
 from piste_workloads.stream.summary import summarize
 
@@ -27,6 +28,8 @@ def stream_names(config: Config) -> Sequence[str]:
     """The streams' names, by number."""
     if config.source.name == "images":
         return list(config.adapters)
+    if config.source.name == "metric":
+        return [config.source.metric]
     if config.source.name in RECORDED:
         return list(recorded.scores(config))
     return [f"{config.source.name}-{number}" for number in range(config.source.streams)]
@@ -41,6 +44,8 @@ def prepare_data(config: Config) -> str:
     Raises:
         BadInput: They cannot be had, or are too few.
     """
+    if config.source.name == "metric" and not config.source.run:
+        raise BadInput("source.run is missing: piste stream --watch RUN --metric KEY")
     if config.source.name == "images":
         return material(config).sha256
     return recorded.data_hash(config) if config.source.name in RECORDED else ""
@@ -60,6 +65,8 @@ def open_processor(config: Config, number: int, saved: Saved | None) -> Processo
     if config.source.name == "images":
         torch.set_num_threads(config.resources.cpus_per_worker)
         return Classified(config, number, saved)
+    if config.source.name == "metric":
+        return SelfCalibrated(config, saved)
     if saved is not None:
         return Scores(config, None, saved)
     calibration = recorded.calibration if config.source.name in RECORDED else simulated.calibration
@@ -73,8 +80,10 @@ def train(config: Config, run: Run) -> None:
     log-wealth in nats, and at the end what `summarize` says.
 
     Raises:
-        BadInput: There are several workers.
+        BadInput: There are several workers, or the stream is a metric of a run.
     """
+    if config.source.name == "metric":
+        raise BadInput("a metric of a run is followed by `piste stream --watch RUN --metric KEY`")
     if run.world_size > 1:
         raise BadInput("`piste run` follows streams in one process: `piste stream` spreads them over workers")
     names = stream_names(config)

@@ -1,0 +1,213 @@
+"""Watching a metric of a run in progress: the offline answer to the last bit, told to that run."""
+
+from __future__ import annotations
+
+import json
+import math
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import pytest
+from tests.platform.ledgers import COLUMNS
+
+from piste import catalog, cli, running, streams, tracking, watching
+from piste.errors import BadInput
+from piste.ledger import Ledger, Message, Row, open_ledger
+from piste.shards import StreamRecipe
+
+pytest_plugins = ["tests.platform.fixtures"]
+
+COUNT, SHIFTED = 400, 250
+LOSSES = np.random.default_rng(5).normal(1.0, 0.1, COUNT)
+LOSSES[SHIFTED:] += 0.3
+
+
+def step_of(index: int) -> int:
+    return 10 * index + 3
+
+
+def begin(ledger: Ledger, directory: Path, run_id: str = "training") -> None:
+    config = {"tracking": {"uri": None, "experiment": "e"}, "optimizer": {"name": "sgd"}}
+    config |= {"resources": {"workers": 1}}
+    ledger.create(**(COLUMNS | {"id": run_id, "directory": str(directory), "config": config}))
+    ledger.begin_attempt(run_id)
+
+
+def log(ledger: Ledger, first: int, end: int, losses: Any = LOSSES, run_id: str = "training") -> None:
+    rows = [Row("train/loss", step_of(n), float(losses[n]), 7) for n in range(first, end)]
+    rows += [Row("train/accuracy", step_of(n), 0.5, 7) for n in range(first, end)]
+    ledger.apply(Message(run_id, 1, first, tuple(rows)))
+
+
+class InProgress:
+    """A run in progress, as who waits sees it: at each wait `size` values further, then at its end."""
+
+    def __init__(self, ledger: Ledger, size: int, then: Callable[[int], None] = lambda reached: None) -> None:
+        self._ledger, self._size, self._then = ledger, size, then
+        self.reached = 0
+
+    def is_set(self) -> bool:
+        return False
+
+    def wait(self, _seconds: float) -> None:
+        if self.reached == COUNT:
+            self._ledger.set_status("training", "finished")
+            return
+        end = min(self.reached + self._size, COUNT)
+        log(self._ledger, self.reached, end)
+        self.reached = end
+        self._then(end)
+
+
+def watch(ledger: Ledger, stop: object, run_id: str) -> bool:
+    config = running.load_recipe("stream-watch", {"source.run": "training"})
+    assert isinstance(config, StreamRecipe)
+    if not ledger.has(run_id):
+        streams.plan(ledger, "watch", config, run_id)
+    module = catalog.load_workload("stream")
+    attempt = ledger.begin_attempt(run_id)
+    return watching.follow(ledger, run_id, module, config, attempt, cast(threading.Event, stop))
+
+
+def offline() -> tuple[float, list[Any]]:
+    """The log-wealth after all losses, and the alarms, computed in one piece."""
+    section = running.load_recipe("stream-watch").detectors["rise"]  # type: ignore[attr-defined]
+    detector = section.build()
+    detector.calibrate(LOSSES[:50])
+    alarms = detector.update_many(LOSSES[50:])
+    return detector.log_wealth, alarms
+
+
+def check(ledger: Ledger, run_id: str) -> None:
+    log_wealth, alarms = offline()
+    [stream] = ledger.streams.standing(run_id)
+    assert stream["name"] == "train/loss"
+    assert (stream["sequence"], stream["ended"]) == (COUNT, True)
+    assert stream["wealth"] == {"rise": log_wealth}
+    found = ledger.streams.alarms(run_id)
+    assert [(a.sequence, a.onset, a.log_wealth) for a in found] == [
+        (a.sequence + 50, a.onset + 50, a.log_wealth) for a in alarms
+    ]
+    assert alarms[0].sequence + 50 >= SHIFTED
+    told = ledger.history("training", "alarm/train/loss/rise")
+    assert told == [(step_of(a.sequence + 50), a.log_wealth) for a in alarms]
+
+
+@pytest.mark.parametrize("size", [7, 400])
+def test_a_run_in_progress_is_watched_to_its_end(size: int, no_view: None, tmp_path: Path) -> None:
+    ledger = open_ledger()
+    begin(ledger, tmp_path)
+    assert not watch(ledger, InProgress(ledger, size), "watch")
+    check(ledger, "watch")
+
+
+class _Gone(Exception):
+    """The watching process is gone."""
+
+
+@pytest.mark.parametrize("where", [40, 60, 280])
+def test_a_watch_that_is_killed_goes_on_and_tells_each_alarm_once(
+    where: int, no_view: None, tmp_path: Path
+) -> None:
+    ledger = open_ledger()
+    begin(ledger, tmp_path)
+
+    def kill(reached: int) -> None:
+        if reached == where:
+            raise _Gone
+
+    progress = InProgress(ledger, 20, kill)
+    with pytest.raises(_Gone):
+        watch(ledger, progress, "watch")
+    assert not watch(ledger, progress, "watch")
+    check(ledger, "watch")
+
+
+def test_alarms_that_were_not_told_are_told_when_the_watch_goes_on(
+    no_view: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ledger = open_ledger()
+    begin(ledger, tmp_path)
+    log(ledger, 0, COUNT)
+    ledger.set_status("training", "finished")
+    with monkeypatch.context() as patch:
+        patch.setattr(Ledger, "apply", _lost)
+        with pytest.raises(_Gone):
+            watch(ledger, InProgress(ledger, 1), "watch")
+    assert ledger.streams.alarms("watch")
+    assert not ledger.history("training", "alarm/train/loss/rise")
+    assert not watch(ledger, InProgress(ledger, 1), "watch")
+    check(ledger, "watch")
+
+
+def _lost(*_: object) -> int:
+    raise _Gone
+
+
+def test_the_command_watches_a_run_and_the_run_is_tagged_in_mlflow(
+    no_view: None, shown_home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ledger = open_ledger()
+    begin(ledger, tmp_path)
+    log(ledger, 0, COUNT)
+    ledger.set_status("training", "finished")
+    assert cli.main(["stream", "--watch", "train", "--json", "--name", "watch"]) == 0
+    last = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (last["status"], last["events"]) == ("finished", COUNT)
+    assert last["metrics"]["alarmed/rise"] == 1.0
+    check(ledger, "watch")
+    relay = tracking.Relay(ledger, "training", tracking.tracking_uri())
+    relay.step()
+    shown = tracking.client(tracking.tracking_uri()).get_run(str(relay.mlflow_run_id))
+    assert shown.data.tags["piste.alarm"] == f"train/loss/rise at {step_of(last['raised'][-1]['sequence'])}"
+
+
+def test_losses_that_are_no_numbers_are_counted_and_skipped(no_view: None, tmp_path: Path) -> None:
+    ledger = open_ledger()
+    begin(ledger, tmp_path)
+    log(ledger, 0, COUNT, np.insert(LOSSES, [0, 30, 300], [math.nan, math.inf, math.nan]))
+    ledger.set_status("training", "finished")
+    assert not watch(ledger, InProgress(ledger, 1), "watch")
+    [stream] = ledger.streams.standing("watch")
+    assert (stream["sequence"], stream["skipped"]) == (COUNT, 3)
+    section = running.load_recipe("stream-watch").detectors["rise"]  # type: ignore[attr-defined]
+    detector = section.build()
+    detector.calibrate(LOSSES[:50])
+    detector.update_many(LOSSES[50 : COUNT - 3])
+    assert stream["wealth"] == {"rise": detector.log_wealth}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--watch", "nobody"], "no run has id 'nobody'"),
+        (
+            ["--watch", "training", "--metric", "train/los"],
+            "no metric 'train/los'; did you mean 'train/loss'?",
+        ),
+        (["stream-null", "--metric", "train/loss"], "--metric goes with --watch RUN"),
+        ([], "name a recipe, or a run with --watch"),
+        (["stream-watch", "--local"], "source.run is missing: piste stream --watch RUN --metric KEY"),
+    ],
+)
+def test_what_cannot_be_watched_is_refused(
+    words: list[str], message: str, no_view: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    begin(open_ledger(), tmp_path)
+    log(open_ledger(), 0, 3)
+    assert cli.main(["stream", *words]) == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert said.count("\n") == 1
+
+
+def test_a_run_that_has_not_said_anything_yet_can_be_watched(no_view: None, tmp_path: Path) -> None:
+    ledger = open_ledger()
+    begin(ledger, tmp_path)
+    assert watching.check(ledger, "train", "train/loss") == "training"
+    ledger.set_status("training", "failed")
+    with pytest.raises(BadInput, match="training has no metric 'train/loss'"):
+        watching.check(ledger, "training", "train/loss")
