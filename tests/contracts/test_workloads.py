@@ -26,7 +26,7 @@ from piste.workload import Run
 
 pytest_plugins = ["tests.platform.fixtures"]
 # Ray Train takes seconds to start: one of each kind in `make test`, all of them in `make test-slow`.
-QUICK_ON_RAY = {"images", "llm", "quadratic"}
+QUICK_ON_RAY = {"llm", "quadratic"}
 every_workload = pytest.mark.parametrize("name", list(catalog.members("workloads")))
 
 

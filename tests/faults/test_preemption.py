@@ -107,6 +107,7 @@ def test_a_run_that_does_not_heed_is_ended_without_a_checkpoint(
     assert CheckpointStore(Path(row.directory) / "checkpoints").steps() == [5, 10]
 
 
+@pytest.mark.fault
 def test_a_sweep_in_one_process_stops_its_trial_with_a_checkpoint(shown_home: Path, tmp_path: Path) -> None:
     folder = tmp_path / "records"
     process = start_sweep(shown_home, folder, "--local")

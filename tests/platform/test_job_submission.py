@@ -67,6 +67,7 @@ system_metrics = false
 """
 
 
+@pytest.mark.slow
 def test_the_users_folder_travels_with_the_job(ray_head: Head, shown_home: Path, tmp_path: Path) -> None:
     folder = tmp_path / "laboratory"
     write(folder / "half_speed.py", DESCENT)

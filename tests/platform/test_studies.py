@@ -306,6 +306,7 @@ class TestStudies:
         with pytest.raises(BadInput, match="no scale 'ful'; did you mean 'full'"):
             study(declare(claim(lambda lab: [0.0]), scales={"full": 1}), scale="ful")
 
+    @pytest.mark.slow
     def test_on_ray_as_here(self, records: Path, declare: Callable[..., str], local_ray: None) -> None:
         recipe = paced_recipe(records, steps=3)
 

@@ -14,6 +14,7 @@ from piste.running import resolve
 pytest_plugins = ["tests.platform.fixtures"]
 
 
+@pytest.mark.slow
 def test_two_workers_decide_alike_and_hold_the_same_weights(
     local_ray: None, no_view: None, tmp_path: Path
 ) -> None:

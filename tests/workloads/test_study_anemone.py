@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -97,9 +98,12 @@ def test_every_setting_fits_the_recipes(scale: str, task: str, rule: str) -> Non
     assert config.workload == "circuits"
 
 
-def test_runs_leave_what_the_claims_ask_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_runs_leave_what_the_claims_ask_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("piste.relay_process.RelayProcess", NoRelay)
-    short = {"data__rows": 200, "data__held_out_rows": 50, "model__latents": 4, "train__epochs": 3}
+    text = tmp_path / "numbers.txt"
+    text.write_text(" ".join(f"{n} is {'odd' if n % 2 else 'even'} of all" for n in range(2000)), "utf-8")
+    short = {"data__source": "file", "data__path": str(text), "data__rows": 200, "data__held_out_rows": 50}
+    short |= {"model__latents": 4, "train__epochs": 3}
     lab = Lab(anemone.Scale(2, {"text": short}), local=True)
     assert all(0.0 < share <= 3.0 for share in anemone.against_a_step_of_a_tenth("text")(lab))
     assert all(map(math.isfinite, anemone.higher("text", ("adam",))(lab)))
