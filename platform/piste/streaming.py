@@ -13,9 +13,6 @@ import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from piste.training import cluster, preflight  # it sets what Ray reads when it is imported
-
-# isort: split
 import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
@@ -109,6 +106,8 @@ def follow(ledger: Ledger, run_id: str, config: StreamRecipe, stop: threading.Ev
         BadInput: The resources cannot be had.
         PisteError: A source or a detector failed, or an actor died too often.
     """
+    from piste.training import cluster, preflight  # not in the actors' processes, which it would delay
+
     names = catalog.load_workload(config.workload).stream_names(config)
     with cluster(config.resources):
         preflight(config, ledger.url)

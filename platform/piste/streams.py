@@ -98,6 +98,9 @@ def execute(ledger: Ledger, run_id: str, config: StreamRecipe, stop: threading.E
         stopped = _follow_here(ledger, run_id, config, attempt, stop)
     else:
         check_resources(config.resources)
+        from piste import training  # noqa: F401  (it sets what Ray reads when it is imported)
+
+        # isort: split
         from piste import streaming
 
         attempt, stopped = streaming.follow(ledger, run_id, config, stop)

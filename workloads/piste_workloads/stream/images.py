@@ -36,8 +36,7 @@ from piste_workloads.images.config import Model
 from piste_workloads.images.networks import build_network
 from piste_workloads.stream.config import Config
 from piste_workloads.stream.processing import Saved, alarm_columns, log_statistic
-
-PHASES = ("before", "during", "after")
+from piste_workloads.stream.summary import PHASES
 
 
 @dataclass(frozen=True)
@@ -290,12 +289,3 @@ class _Unadapted(Adapter):
     def adapt(self, batch: Tensor) -> StepInfo:
         """Changes nothing."""
         return StepInfo(False, float("nan"), float("nan"), 0.0, 0.0, 0)
-
-
-def accuracies(streams: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """`accuracy_before/NAME`, `_during/` and `_after/` of each stream that has seen images then."""
-    found = dict[str, float]()
-    for stream in streams:
-        right, seen = stream["state"]["right"], stream["state"]["seen"]
-        found |= {f"accuracy_{p}/{stream['name']}": right[p] / seen[p] for p in PHASES if seen[p]}
-    return found

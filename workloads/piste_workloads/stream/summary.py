@@ -9,11 +9,11 @@ from typing import Any
 
 from piste_algorithms.martingales import expected_delay
 from piste_workloads.stream.config import Config
-from piste_workloads.stream.images import accuracies
 from piste_workloads.stream.recorded import RECORDED
 from piste_workloads.stream.simulated import samples
 
 SAMPLES = 100_000
+PHASES = ("before", "during", "after")  # of a corruption of images
 INDEPENDENT = ("gamma", "gaussian", "lognormal")
 
 
@@ -38,7 +38,7 @@ def summarize(
     """
     images = config.source.name == "images"
     onset = config.source.onset if images or config.source.shift != 0.0 else math.inf
-    found: dict[str, float] = accuracies(streams) if images else {}
+    found: dict[str, float] = _accuracies(streams) if images else {}
     for name, section in config.detectors.items():
         if config.source.name in (*RECORDED, "metric"):
             found[f"alarmed/{name}"] = len({a["number"] for a in alarms if a["detector"] == name}) / len(
@@ -64,4 +64,13 @@ def summarize(
         if config.source.name in INDEPENDENT and hasattr(built := section.build(), "false_alarm_rate"):
             _, expected = expected_delay(*samples(config, SAMPLES), built.false_alarm_rate)
             found[f"delay_ratio/{name}"] = delay / expected
+    return found
+
+
+def _accuracies(streams: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """`accuracy_before/NAME`, `_during/` and `_after/` of each stream that has seen images then."""
+    found = dict[str, float]()
+    for stream in streams:
+        right, seen = stream["state"]["right"], stream["state"]["seen"]
+        found |= {f"accuracy_{p}/{stream['name']}": right[p] / seen[p] for p in PHASES if seen[p]}
     return found

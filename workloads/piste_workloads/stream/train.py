@@ -1,6 +1,7 @@
 """Streams in one process, as a run with checkpoints: what sweeps and studies take, and `piste run`.
 
-`piste stream` follows the same streams through the ledger, on actors.
+`piste stream` follows the same streams through the ledger, on actors. What images need is imported where it
+is used: an actor that was killed is to be back soon.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ from piste.shards import Processor, Source
 from piste.workload import Run
 from piste_workloads.stream import recorded, simulated
 from piste_workloads.stream.config import Config
-from piste_workloads.stream.images import Classified, ImageSource, material
 from piste_workloads.stream.processing import Saved, Scores
 from piste_workloads.stream.recorded import RECORDED, RecordedSource
 from piste_workloads.stream.self_calibrated import SelfCalibrated
@@ -47,6 +47,8 @@ def prepare_data(config: Config) -> str:
     if config.source.name == "metric" and not config.source.run:
         raise BadInput("source.run is missing: piste stream --watch RUN --metric KEY")
     if config.source.name == "images":
+        from piste_workloads.stream.images import material
+
         return material(config).sha256
     return recorded.data_hash(config) if config.source.name in RECORDED else ""
 
@@ -54,6 +56,8 @@ def prepare_data(config: Config) -> str:
 def open_source(config: Config, numbers: Sequence[int]) -> Source:
     """Where the events of some streams come from."""
     if config.source.name == "images":
+        from piste_workloads.stream.images import ImageSource
+
         return ImageSource(config, numbers)
     if config.source.name in RECORDED:
         return RecordedSource(config, numbers)
@@ -63,6 +67,8 @@ def open_source(config: Config, numbers: Sequence[int]) -> Source:
 def open_processor(config: Config, number: int, saved: Saved | None) -> Processor:
     """What the events of a stream go through, from its beginning or from a saved state."""
     if config.source.name == "images":
+        from piste_workloads.stream.images import Classified
+
         torch.set_num_threads(config.resources.cpus_per_worker)
         return Classified(config, number, saved)
     if config.source.name == "metric":
