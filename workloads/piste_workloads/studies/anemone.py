@@ -8,7 +8,9 @@ validation, in nats a row.
 
 The paper's tasks are language, images and genomes on a GPU; here they are letters of the King James Bible
 with a hidden Markov model, windows of fly DNA split by species with a hidden Chow-Liu tree, and 8 x 8
-digits, where data are so few that all rules overfit.
+digits, where data are so few that all rules overfit. At that size and with equal tuning the claims do not
+hold: a training has some hundred updates, and the mini-batch rules, each at its best setting, end within a
+nat of one another.
 """
 
 from __future__ import annotations
@@ -136,8 +138,9 @@ claims = (
         FASTER,
         0.5,
         "below",
-        "supported",
+        "inconclusive",
         against_a_step_of_a_tenth("text"),
+        note="Recorded after a first run: 0.8 times its epochs with one seed, never with two. The mean ends are equal.",
     ),
     Claim(
         "text-tuned-epochs",
@@ -145,8 +148,9 @@ claims = (
         FASTER,
         0.7,
         "below",
-        "supported",
+        "refuted",
         against_tuned("text"),
+        note="Recorded after a first run: mini-batch EM with step 0.1 is the best of the tuned rules here.",
     ),
     Claim(
         "text-likelihood",
@@ -154,9 +158,10 @@ claims = (
         BETTER,
         0.0,
         "above",
-        "supported",
+        "inconclusive",
         higher("text"),
         unit="nats",
+        note="Recorded after a first run: -65.65 nats, and mini-batch EM with step 0.1 the same; Adam -65.89.",
     ),
     Claim(
         "dna-half-the-epochs",
@@ -164,8 +169,9 @@ claims = (
         FASTER,
         0.5,
         "below",
-        "supported",
+        "inconclusive",
         against_a_step_of_a_tenth("dna"),
+        note="Recorded after a first run: 0.66 times its epochs, in trainings of 10.",
     ),
     Claim(
         "dna-tuned-epochs",
@@ -173,8 +179,9 @@ claims = (
         FASTER,
         0.7,
         "below",
-        "supported",
+        "refuted",
         against_tuned("dna"),
+        note="Recorded after a first run: it never passes Adam.",
     ),
     Claim(
         "dna-likelihood",
@@ -182,9 +189,10 @@ claims = (
         BETTER,
         0.0,
         "above",
-        "supported",
+        "refuted",
         higher("dna"),
         unit="nats",
+        note="Recorded after a first run: Adam -85.54 nats, Anemone -85.82, mini-batch EM -85.83, full-batch -86.19.",
     ),
     Claim(
         "digits-within-half-a-nat",
@@ -192,9 +200,10 @@ claims = (
         OWN,
         -0.5,
         "above",
-        "supported",
+        "inconclusive",
         higher("digits"),
         unit="nats",
+        note="Recorded after a first run: -93.01 nats, mini-batch EM with step 0.4 to 0.1 -92.76.",
     ),
     Claim(
         "digits-higher-than-full-batch",
@@ -202,8 +211,9 @@ claims = (
         BETTER,
         0.0,
         "above",
-        "supported",
+        "inconclusive",
         higher("digits", ("full-batch-em",)),
         unit="nats",
+        note="Recorded after a first run: EM on the whole data with one pseudocount a node has -92.78.",
     ),
 )
