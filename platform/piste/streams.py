@@ -129,8 +129,8 @@ def _follow_here(
     source = module.open_source(config, numbers)
     feed = Feed(shard.open(), config.stream.batch, window=1)
     while not feed.ended and not stop.is_set():
-        for first, count in feed.due():
-            feed.answered(first, shard.take(first, count, read(source, first, count)))
+        first, count = next(feed.due())
+        feed.answered(first, shard.take(first, count, read(source, first, count)))
     return not feed.ended
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import math
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -385,6 +387,25 @@ def test_a_terminal_shows_wealth_alarms_and_how_fast_events_pass(config: Config)
         "a second",
     ):
         assert part in drawn
+
+
+def test_sigterm_ends_streams_after_the_batch_that_is_under_way(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    take = Shard.take
+
+    def terminated(self: Shard, first: int, count: int, batch: Any) -> Progress:
+        if first == 12:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return take(self, first, count, batch)
+
+    monkeypatch.setattr(Shard, "take", terminated)
+    assert follow(config, "ended").status == "interrupted"
+    assert {stream["sequence"] for stream in open_ledger().streams.standing("ended")} == {16}
+    assert "sum/all" not in open_ledger().last_values("ended")  # what came of it is not known yet
+    monkeypatch.setattr(Shard, "take", take)
+    assert follow(config, "ended").status == "finished"
+    check_whole(open_ledger(), config, "ended")
 
 
 def test_the_command_follows_streams_and_prints_them_for_a_machine(
