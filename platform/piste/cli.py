@@ -246,8 +246,14 @@ def _resume(options: argparse.Namespace, _fields: dict[str, Any]) -> int:
 
 def _rerun(options: argparse.Namespace, _fields: dict[str, Any]) -> None:
     from piste import running
+    from piste.ledger import open_ledger
 
-    compared = running.rerun(options.run, local=options.local, observer=_observer(options))
+    observer: Any = _observer(options)
+    if open_ledger().run(options.run).provenance.get("kind") == "stream":
+        from piste.stream_command import observer_of
+
+        observer = observer_of(options)
+    compared = running.rerun(options.run, local=options.local, observer=observer)
     for change in compared.changed:
         print(f"changed since {compared.first}: {change}")
     if options.json:

@@ -34,10 +34,9 @@ def follow(ledger: Ledger, run_id: str, options: argparse.Namespace) -> int:
     """Follows planned or interrupted streams to their end and reports on them; returns the exit code."""
     print(f"stream {run_id}", file=sys.stderr)
     resume = f"piste resume {run_id}" + (" --local" if options.local else "")
-    observer = StreamLines() if options.json else StreamView(Console(stderr=True))
     said = len(running.log_lines(ledger, run_id))
     try:
-        result = running.execute(ledger, run_id, local=options.local, observer=observer)
+        result = running.execute(ledger, run_id, local=options.local, observer=observer_of(options))
     except KeyboardInterrupt:
         print(f"piste: interrupted; `{resume}` continues it", file=sys.stderr)
         raise
@@ -56,6 +55,11 @@ def follow(ledger: Ledger, run_id: str, options: argparse.Namespace) -> int:
         print(f"piste: stopped; `{resume}` continues it", file=sys.stderr)
         return Terminated.exit_code
     return 0
+
+
+def observer_of(options: argparse.Namespace) -> StreamLines | StreamView:
+    """What shows streams while they are followed."""
+    return StreamLines() if options.json else StreamView(Console(stderr=True))
 
 
 def report(ledger: Ledger, run_id: str, as_json: bool) -> None:

@@ -419,6 +419,10 @@ def test_the_command_follows_streams_and_prints_them_for_a_machine(
     assert lines[-1]["log_wealth"]["s0/sum"] == expected(config, 0)[0]
     assert (last["stream"], last["status"], last["ended"]) == ("all", "finished", 3)
     assert len(last["raised"]) == last["alarms"]
+    assert cli.main(["rerun", "all", "--local", "--json"]) == 0
+    *lines, last = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert lines[-1]["events"] == 120
+    assert set(last["differences"].values()) == {0.0}
     assert cli.main(["resume", "all", "--local"]) == 2
     assert "all has finished: `piste rerun all` repeats it" in capsys.readouterr().err
     assert cli.main(["stream", str(path), "--local", "--name", "all", "--adding.events", "9"]) == 2
