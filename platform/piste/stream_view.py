@@ -158,8 +158,9 @@ def _polled(ledger: Ledger, run_id: str, show: Callable[[Standing], None]) -> It
 
 def _said(standing: Standing) -> str:
     totals = standing.totals
+    speed = f", {standing.speed:,.0f} a second" if standing.speed else ""
     return (
-        f"{totals['events']:,} events, {standing.speed:,.0f} a second; {totals['alarms']:,} alarms; "
+        f"{totals['events']:,} events{speed}; {totals['alarms']:,} alarms; "
         f"{totals['ended']} of {totals['streams']} streams ended"
     )
 
