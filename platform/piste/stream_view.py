@@ -52,7 +52,7 @@ class Standing:
     def __init__(self, ledger: Ledger, run_id: str) -> None:
         self._ledger, self._run_id = ledger, run_id
         self._mark = 0
-        self._past: deque[tuple[float, int]] = deque()
+        self._past = deque([(time.monotonic(), ledger.streams.totals(run_id)["events"])])
         self.wealth: dict[str, deque[float]] = {}
         self.totals: dict[str, int] = {}
         self.speed = 0.0
@@ -158,9 +158,8 @@ def _polled(ledger: Ledger, run_id: str, show: Callable[[Standing], None]) -> It
 
 def _said(standing: Standing) -> str:
     totals = standing.totals
-    speed = f", {standing.speed:,.0f} a second" if standing.speed else ""
     return (
-        f"{totals['events']:,} events{speed}; {totals['alarms']:,} alarms; "
+        f"{totals['events']:,} events, {standing.speed:,.0f} a second; {totals['alarms']:,} alarms; "
         f"{totals['ended']} of {totals['streams']} streams ended"
     )
 
