@@ -154,7 +154,7 @@ def show(options: argparse.Namespace) -> int:
             return 0
         from piste.reporting import age
 
-        print(f"jobs in {ledger.url}")
+        print(f"jobs in {ledger.name}")
         for job in found:
             subject, error = job.subject or "", job.error or ""
             print(f"  {job.id:<28} {job.status:<10} {age(job.created):<12} {subject}  {error}")

@@ -379,8 +379,10 @@ def _changed(first: RunRow, second: RunRow) -> tuple[str, ...]:
 def difference(ledger: Ledger, first: str, second: str) -> dict[str, float]:
     """Per metric the largest absolute difference of two runs over all steps."""
     keys = {key for run_id in (first, second) for key in ledger.keys(run_id)}
+    # What a detector that watched a run has told of it is not the run's own.
+    told = () if ledger.run(first).provenance.get("kind") == "stream" else (tracking.ALARM,)
     found = {}
-    for key in sorted(k for k in keys if not k.startswith(WALL_CLOCK)):
+    for key in sorted(k for k in keys if not k.startswith((*WALL_CLOCK, *told))):
         a, b = dict(ledger.history(first, key)), dict(ledger.history(second, key))
         same = a.keys() == b.keys()
         found[key] = max((_distance(a[s], b[s]) for s in a), default=0.0) if same else float("inf")

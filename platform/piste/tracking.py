@@ -75,11 +75,16 @@ def check(uri: str) -> None:
     """Makes sure that a tracking URI is usable before a run starts.
 
     Raises:
-        BadInput: Its scheme is unknown, or nothing answers there.
+        BadInput: Its scheme is unknown, it has a password, or nothing answers there.
     """
     scheme = urlsplit(uri).scheme.partition("+")[0]
     if scheme not in {"http", "https", "sqlite", "postgresql", "mysql", "mssql"}:
         raise BadInput(f"tracking.uri {uri!r}: use an http(s) server or a database such as sqlite:///FILE")
+    if scheme not in {"http", "https"} and urlsplit(uri).password is not None:
+        raise BadInput(
+            "tracking.uri has a password, which would be shown with the run: put it where the database's "
+            "client finds it, such as PGPASSFILE"
+        )
     if scheme in {"http", "https"}:
         if without_credentials(uri) != uri:
             raise BadInput(

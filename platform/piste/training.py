@@ -335,7 +335,10 @@ class _EndsAtItsOwnFailure(UserCallback):
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         """Called by the controller with what its workers have raised; what this raises ends the run."""
-        if (failure := ask(self._writer.failure.remote(self._run_id))) is not None:
+        failure = None
+        with contextlib.suppress(PisteError):  # no answer: the workers that take their places ask again
+            failure = ask(self._writer.failure.remote(self._run_id))
+        if failure is not None:
             raise PisteError(failure)
 
 

@@ -74,17 +74,18 @@ class _Told:
     def __init__(self, ledger: Ledger, run_id: str, watched: str, key: str) -> None:
         self._ledger, self._run_id = ledger, run_id
         self._watched, self._key = watched, key
-        self._count = 0
+        self._told: set[tuple[str, int]] = set()
 
     def tell(self) -> None:
         """Tells of what is new; a row that is there already is ignored by the ledger."""
-        if self._ledger.streams.totals(self._run_id)["alarms"] == self._count:
+        if self._ledger.streams.totals(self._run_id)["alarms"] == len(self._told):
             return
-        alarms = self._ledger.streams.alarms(self._run_id)
         now, rows = time.time_ns() // 1_000_000, []
-        for alarm in alarms:
+        alarms = self._ledger.streams.alarms(self._run_id)
+        new = [alarm for alarm in alarms if (alarm.detector, alarm.sequence) not in self._told]
+        for alarm in new:
             [(step, _)] = self._ledger.events(self._watched, self._key, alarm.sequence, 1)
             rows.append(Row(f"{ALARM}{self._key}/{alarm.detector}", step, alarm.log_wealth, now))
         # It is of none of that run's attempts, so that no new one fences it off.
         self._ledger.apply(Message(self._watched, sys.maxsize, 0, tuple(rows)))
-        self._count = len(alarms)
+        self._told |= {(alarm.detector, alarm.sequence) for alarm in new}

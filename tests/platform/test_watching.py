@@ -14,7 +14,7 @@ import pytest
 from tests.platform.ledgers import COLUMNS
 
 from piste import catalog, cli, running, streams, tracking, watching
-from piste.errors import BadInput
+from piste.errors import BadInput, PisteError
 from piste.ledger import Ledger, Message, Row, open_ledger
 from piste.shards import StreamRecipe
 
@@ -102,6 +102,10 @@ def test_a_run_in_progress_is_watched_to_its_end(size: int, no_view: None, tmp_p
     begin(ledger, tmp_path)
     assert not watch(ledger, InProgress(ledger, size), "watch")
     check(ledger, "watch")
+    # An alarm that a watch has told is no difference between a run and its repetition.
+    begin(ledger, tmp_path / "again", "again")
+    log(ledger, 0, COUNT, run_id="again")
+    assert running.difference(ledger, "training", "again") == {"train/accuracy": 0.0, "train/loss": 0.0}
 
 
 class _Gone(Exception):
@@ -178,6 +182,15 @@ def test_losses_that_are_no_numbers_are_counted_and_skipped(no_view: None, tmp_p
     detector.calibrate(LOSSES[:50])
     detector.update_many(LOSSES[50 : COUNT - 3])
     assert stream["wealth"] == {"rise": detector.log_wealth}
+
+
+def test_losses_that_do_not_vary_cannot_be_watched(no_view: None, tmp_path: Path) -> None:
+    ledger = open_ledger()
+    begin(ledger, tmp_path)
+    log(ledger, 0, COUNT, np.ones(COUNT))
+    ledger.set_status("training", "finished")
+    with pytest.raises(PisteError, match="calibration: scores must vary"):
+        watch(ledger, InProgress(ledger, 1), "watch")
 
 
 @pytest.mark.parametrize(

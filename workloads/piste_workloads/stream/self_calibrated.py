@@ -66,7 +66,10 @@ class SelfCalibrated:
             self._taken += used
             self._skipped += int((~np.isfinite(mine)).sum())
             if len(self._calibration) == self._config.source.calibration:
-                self._scores = Scores(self._config, np.array(self._calibration), None)
+                try:
+                    self._scores = Scores(self._config, np.array(self._calibration), None)
+                except ValueError as error:
+                    return Taken(0, failure=f"calibration: {error}")
         if self._scores is None or used == len(scores):
             return Taken(len(scores))
         taken = self._scores.take(scores[used:])
