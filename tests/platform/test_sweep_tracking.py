@@ -159,15 +159,9 @@ def two_stages(ledger: Ledger, folder: Path, name: str) -> list[Callable[[], Non
     return [begin, end]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("light")
-@pytest.mark.parametrize(
-    "how",
-    [
-        "before a request",
-        pytest.param("after a request", marks=pytest.mark.slow),
-        pytest.param("and the same relay goes on", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.parametrize("how", ["before a request", "after a request", "and the same relay goes on"])
 def test_a_relay_may_be_stopped_at_any_request(ledger: Ledger, store: Path, tmp_path: Path, how: str) -> None:
     uri = f"sqlite:///{store}"
     for nth in range(1, 200):
