@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from piste import command_line
-from piste.errors import BadInput, PisteError, Terminated
+from piste.errors import BadInput, PisteError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -108,7 +108,7 @@ def _ls_sweeps() -> None:
 def _run(options: argparse.Namespace, fields: dict[str, Any]) -> int:
     for name in () if options.local or options.show else options.recipes:
         _check_resources(name, fields)
-    from piste import running
+    from piste import run_command, running
     from piste.config import to_toml
 
     configs = []
@@ -125,11 +125,11 @@ def _run(options: argparse.Namespace, fields: dict[str, Any]) -> int:
     with _shared_cluster(configs, options.local):
         for name, config in configs:
             run_id = running.plan(ledger, name, config)
-            results.append(_to_the_end(ledger, run_id, options))
+            results.append(run_command.to_the_end(ledger, run_id, options.local, _observer(options)))
             if results[-1].status == "interrupted":
                 break
     _report(ledger, [r.id for r in results], options, results)
-    return _exit_code(results[-1])
+    return run_command.exit_code(results[-1])
 
 
 def _check_resources(recipe: str, fields: dict[str, Any], sweep: bool = False) -> None:
@@ -157,40 +157,6 @@ def _shared_cluster(configs: Sequence[tuple[str, Any]], local: bool) -> Any:
     from piste.training import cluster
 
     return cluster(configs[0][1].resources)
-
-
-def _to_the_end(ledger: Any, run_id: str, options: argparse.Namespace) -> RunResult:
-    """Executes a run; says how to resume it where it does not finish."""
-    from piste import running
-
-    print(f"run {run_id}", file=sys.stderr)
-    said = len(running.log_lines(ledger, run_id))
-    try:
-        result = running.execute(ledger, run_id, local=options.local, observer=_observer(options))
-    except KeyboardInterrupt:
-        print(f"piste: interrupted; `{_resume_line(run_id, options)}` continues it", file=sys.stderr)
-        raise
-    except BadInput:
-        raise
-    except PisteError as error:
-        raise PisteError(f"{run_id} failed: {error}") from error
-    finally:
-        for line in running.log_lines(ledger, run_id)[said:]:
-            print(f"piste: {line}", file=sys.stderr)
-    if result.status == "interrupted":
-        print(f"piste: stopped; `{_resume_line(run_id, options)}` continues it", file=sys.stderr)
-    if result.pending != 0:
-        shown = "some" if result.pending is None else result.pending
-        print(f"piste: MLflow still lacks {shown} rows: `piste sync {run_id}` pushes them", file=sys.stderr)
-    return result
-
-
-def _exit_code(result: RunResult) -> int:
-    return Terminated.exit_code if result.status == "interrupted" else 0
-
-
-def _resume_line(run_id: str, options: argparse.Namespace) -> str:
-    return f"piste resume {run_id}" + (" --local" if options.local else "")
 
 
 def _report(
@@ -230,7 +196,7 @@ def _address(ledger: Any, results: Sequence[RunResult]) -> str:
 
 
 def _resume(options: argparse.Namespace, _fields: dict[str, Any]) -> int:
-    from piste import running
+    from piste import run_command, running
     from piste.ledger import open_ledger
 
     ledger = open_ledger()
@@ -239,9 +205,9 @@ def _resume(options: argparse.Namespace, _fields: dict[str, Any]) -> int:
         from piste import stream_command
 
         return stream_command.follow(ledger, run_id, options)
-    result = _to_the_end(ledger, run_id, options)
+    result = run_command.to_the_end(ledger, run_id, options.local, _observer(options))
     _report(ledger, [run_id], options, [result])
-    return _exit_code(result)
+    return run_command.exit_code(result)
 
 
 def _rerun(options: argparse.Namespace, _fields: dict[str, Any]) -> None:

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from piste import running, streams, watching
-from piste.errors import BadInput, PisteError, Terminated
 from piste.ledger import Ledger, open_ledger
+from piste.run_command import exit_code, to_the_end
 from piste.stream_view import StreamLines, StreamView, alarm_table, summary_lines
 
 WATCHING = "stream-watch"  # the recipe of `--watch` where none is named
@@ -32,29 +31,9 @@ def execute(options: argparse.Namespace, fields: dict[str, Any]) -> int:
 
 def follow(ledger: Ledger, run_id: str, options: argparse.Namespace) -> int:
     """Follows planned or interrupted streams to their end and reports on them; returns the exit code."""
-    print(f"stream {run_id}", file=sys.stderr)
-    resume = f"piste resume {run_id}" + (" --local" if options.local else "")
-    said = len(running.log_lines(ledger, run_id))
-    try:
-        result = running.execute(ledger, run_id, local=options.local, observer=observer_of(options))
-    except KeyboardInterrupt:
-        print(f"piste: interrupted; `{resume}` continues it", file=sys.stderr)
-        raise
-    except BadInput:
-        raise
-    except PisteError as error:
-        raise PisteError(f"{run_id} failed: {error}") from error
-    finally:
-        for line in running.log_lines(ledger, run_id)[said:]:
-            print(f"piste: {line}", file=sys.stderr)
+    result = to_the_end(ledger, run_id, options.local, observer_of(options), "stream")
     report(ledger, run_id, options.json)
-    if result.pending != 0:
-        shown = "some" if result.pending is None else result.pending
-        print(f"piste: MLflow still lacks {shown} rows: `piste sync {run_id}` pushes them", file=sys.stderr)
-    if result.status == "interrupted":
-        print(f"piste: stopped; `{resume}` continues it", file=sys.stderr)
-        return Terminated.exit_code
-    return 0
+    return exit_code(result)
 
 
 def observer_of(options: argparse.Namespace) -> StreamLines | StreamView:
