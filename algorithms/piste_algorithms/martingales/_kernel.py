@@ -10,12 +10,10 @@ For evidence `z_t`, bets `lambda_j` and bounds `psi_j >= log E0[exp(lambda_j z)]
     statistic      mean_j A_j, and mean_j (A_j + 1 / (t + 1)) for HARMONIC
 
 It takes events one by one, so that any batching of the same events gives the same bits. It is compiled on its
-first call and kept on disk where numba finds a place to write, so that a process that takes over from a
-killed one need not compile again.
+first call (no cache on disk, which an installation that nobody may write to would not have).
 """
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import numba
@@ -24,14 +22,7 @@ import numpy as np
 PLAIN, HARMONIC, RESTARTED_SUM, RESTARTED_MAX = 0, 1, 2, 3
 
 
-def _compiled(function: Callable[..., Any]) -> Any:
-    try:
-        return numba.njit(cache=True)(function)
-    except RuntimeError:  # numba's: nobody may write beside this file, nor into the user's own cache
-        return numba.njit(function)
-
-
-@_compiled
+@numba.njit
 def advance(
     evidence: Any,
     start: int,
@@ -106,7 +97,7 @@ def advance(
     return index, clock, skipped, _log_statistic(log_values, clock, recursion), alarm
 
 
-@_compiled
+@numba.njit
 def _log_statistic(log_values: Any, clock: int, recursion: int) -> float:
     """The logarithm of mean_j H_j."""
     # HARMONIC: H_j = A_j + 1 / (t + 1); otherwise H_j = A_j

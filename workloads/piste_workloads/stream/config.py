@@ -22,12 +22,19 @@ from piste_algorithms.adaptation import (
 from piste_algorithms.adaptation.adapter import Adapter
 from piste_algorithms.martingales import ConformalDetector, Cusum, ShiftDetector, ShiryaevRoberts
 from piste_algorithms.martingales.detector import Detector
+from piste_workloads.stream.martingale_peers import Crepes, OnlineCp
+from piste_workloads.stream.river_peers import Adwin, Kswin, PageHinkley
 
 KINDS: dict[str, type[Any]] = {
     "shift": ShiftDetector,
     "conformal": ConformalDetector,
     "cusum": Cusum,
     "shiryaev_roberts": ShiryaevRoberts,
+    "adwin": Adwin,
+    "page_hinkley": PageHinkley,
+    "kswin": Kswin,
+    "online_cp": OnlineCp,
+    "crepes": Crepes,
 }
 SIMULATED = ("gamma", "gaussian", "lognormal", "autoregressive")
 
@@ -148,7 +155,8 @@ class DetectorSection(BaseModel):
     """`[detectors.NAME]`: a kind of detector and its keyword arguments.
 
     Kinds: `shift`, `conformal`, `cusum`, `shiryaev_roberts`, with the arguments of the classes of these names
-    in `piste_algorithms.martingales`.
+    in `piste_algorithms.martingales`; `adwin`, `page_hinkley`, `kswin`, `online_cp`, `crepes`, with those of
+    the classes in `river_peers.py` and `martingale_peers.py`.
     """
 
     model_config = ConfigDict(frozen=True, extra="allow")
