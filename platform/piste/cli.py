@@ -165,7 +165,7 @@ def _report(
     """Table, picture and the line that opens the user interface."""
     from rich.console import Console
 
-    from piste import reporting
+    from piste import learning_curves, reporting
     from piste.home import home
 
     rows = reporting.summary(ledger, run_ids)
@@ -175,8 +175,10 @@ def _report(
     console = Console()
     console.print(reporting.table(rows))
     name = run_ids[0] if len(run_ids) == 1 else f"{run_ids[0]}-and-{len(run_ids) - 1}-more"
-    picture = reporting.loss_curves(ledger, run_ids, home() / "pictures" / f"{name}.png")
-    console.print(f"loss curves   {os.path.relpath(picture)}", soft_wrap=True, highlight=False)
+    picture = home() / "pictures" / f"{name}.png"
+    if len(run_ids) == 1 or learning_curves.of_runs(ledger, run_ids, picture) is None:
+        reporting.loss_curves(ledger, run_ids, picture)
+    console.print(f"curves        {os.path.relpath(picture)}", soft_wrap=True, highlight=False)
     console.print(f"open MLflow   piste ui   # {_address(ledger, results)}", soft_wrap=True, highlight=False)
 
 
@@ -272,6 +274,7 @@ def _study(options: argparse.Namespace, _fields: dict[str, Any]) -> int:
     from rich.console import Console
 
     from piste import studies, verdicts
+    from piste.home import home
     from piste.reporting import ProgressBar
     from piste.sweep_reporting import SweepProgress
 
@@ -291,7 +294,10 @@ def _study(options: argparse.Namespace, _fields: dict[str, Any]) -> int:
         if options.json:
             print(json.dumps({"study": name, "verdicts": verdicts.rows(found)}))
         else:
-            Console().print(verdicts.table(found))
+            shown = Console()
+            shown.print(verdicts.table(found))
+            path = os.path.relpath(home() / "studies" / f"{name}.txt")
+            shown.print(f"report        {path}", soft_wrap=True, highlight=False)
     return 1 if unexpected else 0
 
 

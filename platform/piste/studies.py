@@ -4,6 +4,7 @@ A study is a module with
 
     claims = (Claim(...), ...)              # each asks the `Lab` for the runs and sweeps that it needs
     scales = {"small": ..., "full": ...}    # optional: what `lab.scale` is; the first is the usual one
+    pictures = {"text": lines, ...}         # optional: learning curves; `lines(lab)`: by label a line's runs
 
 A claim asks for as much as it likes: what has been computed already, by another claim, another study or a
 person, is found in the ledger by its identity. A claim whose runs fail is inconclusive, and says why.
@@ -24,7 +25,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from piste import catalog, provenance, running, sweeping
+from piste import catalog, learning_curves, provenance, running, sweeping
 from piste.errors import BadInput, PisteError, Terminated, nearest
 from piste.home import home, keep
 from piste.ledger import TrialRecord, open_ledger
@@ -33,6 +34,7 @@ from piste.verdicts import failed as failed
 from piste.verdicts import table as table
 
 Point = tuple[Any, ...]
+Lines = Mapping[str, Sequence[running.RunResult]]  # by label, the runs of a line: one a seed
 _NOTHING = Estimate(math.nan, -math.inf, math.inf)
 
 
@@ -300,7 +302,8 @@ def study(
 ) -> list[Verdict]:
     """Measures and judges all claims of a study.
 
-    The verdicts are kept in `studies/NAME.json` and `studies/NAME.txt` of the home folder.
+    The verdicts are kept in `studies/NAME.json` and `studies/NAME.txt` of the home folder, a picture in
+    `studies/NAME-PICTURE.png`.
 
     Args:
         name: The study's name, or the dotted path of its module.
@@ -321,13 +324,29 @@ def study(
     lab = Lab(scales[chosen], local=local, fresh=fresh, observer=observer, sweep_observer=sweep_observer)
     try:
         verdicts = [_judge(claim, lab) for claim in module.claims]
+        drawn = _draw(name, getattr(module, "pictures", {}), lab)
     finally:
         lab.close()
     folder = home() / "studies"
     kept = {"study": name, "scale": chosen, "created": time.time(), "verdicts": rows(verdicts)}
     keep(folder / f"{name}.json", json.dumps(kept, indent=1))
-    keep(folder / f"{name}.txt", report(name, chosen, verdicts))
+    keep(folder / f"{name}.txt", report(name, chosen, verdicts) + "".join(f"\n{line}" for line in drawn))
     return verdicts
+
+
+def _draw(name: str, pictures: Mapping[str, Callable[[Lab], Lines]], lab: Lab) -> list[str]:
+    """Draws the learning curves of a study; a line for its report of each."""
+    said = []
+    for picture, lines in pictures.items():
+        path = home() / "studies" / f"{name}-{picture}.png"
+        path.unlink(missing_ok=True)  # that of an earlier measurement
+        try:
+            found = {label: [run.id for run in runs] for label, runs in lines(lab).items()}
+            drawn = learning_curves.draw(open_ledger(), found, path)
+            said.append(f"Learning curves: {path.name}" if drawn else f"{path.name}: nothing to draw")
+        except PisteError as error:  # runs that failed; the claims that rest on them say so, too
+            said.append(f"{path.name}: not drawn: {error}")
+    return [f"{line}\n" for line in said]
 
 
 def _judge(claim: Claim, lab: Lab) -> Verdict:

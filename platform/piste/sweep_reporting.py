@@ -19,8 +19,8 @@ from rich.progress_bar import ProgressBar as Bar
 from rich.table import Table
 from rich.text import Text
 
+from piste import learning_curves, sweep_tables
 from piste import sweep_pictures as pictures
-from piste import sweep_tables
 from piste.comparison import equal_budgets
 from piste.dry_run import DryRun
 from piste.ledger import Ledger, TrialRecord
@@ -178,6 +178,7 @@ def draw_all(ledger: Ledger, trials: Sequence[TrialRecord], section: Sweep, fold
             pictures.time_to_target,
         )
     ]
+    made.append(learning_curves.of_sweep(ledger, trials, section, folder / "learning-curves.png"))
     edge = folder / "thresholds.png"
     made.append(pictures.thresholds(trials, section, edge, lambda t: converged(ledger, section, t)))
     return [path for path in made if path is not None]

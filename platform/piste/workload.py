@@ -10,6 +10,7 @@ and, where it has them,
     def prepare_data(config) -> str              # once, before any worker: makes the data, returns its hash
     verbs = {"sample": sample}                   # what a finished run can be asked: `piste call RUN VERB`
     headline = ("valid/loss", "time/step_ms")    # the metrics that a comparison shows
+    curve = Curve("valid/loss", "loss (nats)")   # the metric whose learning curves a comparison draws
     Config.total_steps                           # a property: where the run ends, for progress and ETA
 
 A workload talks to its `Run` alone. It steps with `optimizer.step(closure)`, so that optimizers of one
@@ -25,7 +26,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 import torch
 
@@ -41,6 +42,24 @@ if TYPE_CHECKING:
     from piste.config import Recipe
 
 T = TypeVar("T", bound=Sequence[Any])
+
+
+class Curve(NamedTuple):
+    """Which learning curves a comparison of a workload's runs draws.
+
+    Attributes:
+        metric: What is compared, logged at the same steps as `seconds`.
+        label: What it is in words, and its unit.
+        step: What a step is, in the plural.
+        seconds: The metric that has the seconds of training so far.
+        mode: Whether a low or a high value is good.
+    """
+
+    metric: str
+    label: str
+    step: str = "steps"
+    seconds: str = "time/train_s"
+    mode: Literal["min", "max"] = "min"
 
 
 class Run:

@@ -22,8 +22,9 @@ from piste.cli import main
 from piste.errors import BadInput
 from piste.home import home
 from piste.ledger import open_ledger
-from piste.studies import Claim, Lab, failed, reuse_or_run, study, table
+from piste.studies import Claim, Lab, Lines, failed, reuse_or_run, study, table
 from piste.verdicts import Direction, Estimate, Outcome, Verdict, decide, estimate
+from piste.workload import Curve
 
 pytest_plugins = ["tests.platform.fixtures"]
 
@@ -291,6 +292,35 @@ class TestStudies:
         words = shown.getvalue().split()
         assert "not" in words
         assert "stated" in words
+
+    def test_learning_curves_of_the_runs(
+        self, records: Path, declare: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        curve = Curve("train/loss", "loss", "rounds", seconds="train/loss")
+        monkeypatch.setattr("tests.platform.paced.curve", curve, raising=False)
+        (records / "broken").mkdir()
+        sound = paced_recipe(records, steps=3)
+        broken = paced_recipe(records / "broken", steps=3, fail_at=2)
+
+        def lines(lab: Lab) -> Lines:
+            return {f"lr {lr:g}": lab.runs(sound, "train/loss", 2, optimizer__lr=lr) for lr in (0.1, 0.2)}
+
+        pictures = {
+            "sound": lines,
+            "broken": lambda lab: {"a": lab.runs(broken, "train/loss", 1)},
+        }
+        name = declare(claim(lambda lab: [1.0]), pictures=pictures)
+        study(name, local=True)
+        [picture] = (home() / "studies").glob("*.png")
+        assert picture.name == f"{name}-sound.png"
+        assert picture.read_bytes().startswith(b"\x89PNG")
+        said = (home() / "studies" / f"{name}.txt").read_text()
+        assert f"Learning curves: {picture.name}\n" in said
+        assert f"{name}-broken.png: not drawn: trial 0 of " in said
+        monkeypatch.setattr("tests.platform.paced.curve", None)
+        study(name, local=True)
+        assert "nothing to draw" in (home() / "studies" / f"{name}.txt").read_text()
+        assert not picture.exists()  # that of another measurement
 
     def test_a_run_without_the_metric_is_named(self, records: Path) -> None:
         with pytest.raises(Exception, match="has no metric 'train/los'; did you mean 'train/loss'"):

@@ -137,6 +137,16 @@ def test_a_resumed_run_goes_on_bit_for_bit(rule: str, config_of: ConfigOf, run_o
         assert torch.equal(table, state_of(resumed)["model"][name])
 
 
+def test_a_comparison_finds_its_curve(config_of: ConfigOf, run_of: RunOf) -> None:
+    run = run_of(circuits, config_of(train__evaluate_every=2))
+    steps, clock = (
+        [step for step, _ in run.history(circuits.curve.metric)],
+        dict(run.history(circuits.curve.seconds)),
+    )
+    assert steps == [2, 4]
+    assert 0.0 < clock[2] < clock[4]
+
+
 def test_updates_are_counted(config_of: ConfigOf, run_of: RunOf) -> None:
     config = config_of(rule={"name": "anemone", "updates_every": 3}, train__epoch_rows=200)
     run = run_of(circuits, config)

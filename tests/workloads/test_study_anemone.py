@@ -87,6 +87,16 @@ def test_every_rule_gets_as_much_tuning() -> None:
     assert {math.prod(map(len, space.values())) for space in anemone.SPACES.values()} == {4}
 
 
+def test_a_picture_has_a_line_for_every_rule_at_its_best_settings() -> None:
+    lab = PaperLab("last", **{rule.replace("-", "_"): [run_of([-1.0])] * 2 for rule in anemone.SPACES})
+    assert set(anemone.pictures) == set(anemone.RECIPES)
+    lines = anemone.pictures["dna"](cast(Lab, lab))
+    assert [*lines] == [asked["rule"]["name"] for asked in lab.asked] == [*anemone.SPACES]
+    assert {asked["recipe"] for asked in lab.asked} == {"circuits-dna"}
+    assert all(len(runs) == 2 for runs in lines.values())
+    assert lab.asked[-1]["rule"] == {"name": "adam", "lr": 0.3}  # the last of its four settings
+
+
 @pytest.mark.parametrize("scale", anemone.scales)
 @pytest.mark.parametrize("task", anemone.RECIPES)
 @pytest.mark.parametrize("rule", anemone.SPACES)

@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
+from piste_algorithms._checks import check_integer
 from piste_algorithms.adaptation.adapter import Adapter, StepInfo
 from piste_algorithms.martingales.detector import Alarm, Detector
-from piste_algorithms.optimizers._checks import check_integer
 
 
 class AdaptiveStream:

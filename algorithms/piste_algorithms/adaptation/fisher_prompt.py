@@ -29,9 +29,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from piste_algorithms._checks import check_integer, check_range
 from piste_algorithms.adaptation.adapter import Adapter, PromptedModel, StepInfo
 from piste_algorithms.adaptation.fisher import fisher_factor, solve_damped
-from piste_algorithms.optimizers._checks import check_integer, check_range
 
 LARGEST_FULL = 4096
 MANY_CLASSES = 32

@@ -13,8 +13,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, Optimizer
 
+from piste_algorithms._checks import check_range
 from piste_algorithms.adaptation.adapter import Adapter, PromptedModel, StepInfo
-from piste_algorithms.optimizers._checks import check_range
 
 
 class GradientPrompt(Adapter):

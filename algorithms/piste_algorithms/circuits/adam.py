@@ -20,11 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from piste_algorithms._checks import check_betas, check_range
 from piste_algorithms.circuits.circuit import Circuit
 from piste_algorithms.circuits.rules import LearningRule
 from piste_algorithms.circuits.structure import Table
 from piste_algorithms.circuits.tables import MINIMUM_VARIANCE, mass
-from piste_algorithms.optimizers._checks import check_betas, check_range
 
 
 class AdamCircuit(LearningRule):

@@ -28,11 +28,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from piste_algorithms._checks import check_integer, check_range
 from piste_algorithms.circuits.circuit import Circuit
 from piste_algorithms.circuits.rules import LearningRule, node_rates, scheduled
 from piste_algorithms.circuits.schedules import Schedule
 from piste_algorithms.circuits.tables import from_statistics, mass, moments
-from piste_algorithms.optimizers._checks import check_integer, check_range
 
 
 class Anemone(LearningRule):

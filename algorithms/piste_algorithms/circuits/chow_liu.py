@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from piste_algorithms.optimizers._checks import check_integer
+from piste_algorithms._checks import check_integer
 
 # Entries of a block of joint counts: rows of variables are taken together up to so many.
 _BLOCK_ENTRIES = 2**24

@@ -12,11 +12,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from piste_algorithms._checks import check_integer, check_range
 from piste_algorithms.circuits.chow_liu import check_data, chow_liu_tree
 from piste_algorithms.circuits.circuit import Circuit
 from piste_algorithms.circuits.structure import Leaf, Product, Region, Structure, Sum, Table
 from piste_algorithms.circuits.tables import MINIMUM_VARIANCE, random_table
-from piste_algorithms.optimizers._checks import check_integer, check_range
 
 
 def hclt(

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import torch
 
+from piste_algorithms._checks import check_integer
 from piste_algorithms.circuits.circuit import Circuit
 from piste_algorithms.circuits.hclt import random_circuit
 from piste_algorithms.circuits.structure import Leaf, Product, Region, Structure, Sum, Table, TableKind
-from piste_algorithms.optimizers._checks import check_integer
 
 
 def hmm(

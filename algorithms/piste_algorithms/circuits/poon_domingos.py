@@ -18,11 +18,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from piste_algorithms._checks import check_integer
 from piste_algorithms.circuits.chow_liu import check_data, mutual_information, spanning_tree
 from piste_algorithms.circuits.circuit import Circuit
 from piste_algorithms.circuits.hclt import add_forest, forest_tables, random_circuit
 from piste_algorithms.circuits.structure import Leaf, Product, Region, Structure, Sum, Table
-from piste_algorithms.optimizers._checks import check_integer
 
 Box = tuple[tuple[int, int], ...]  # (start, stop) on each axis
 

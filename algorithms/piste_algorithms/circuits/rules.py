@@ -22,10 +22,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from piste_algorithms._checks import check_range
 from piste_algorithms.circuits.circuit import Circuit
 from piste_algorithms.circuits.schedules import Schedule, check_step_size
 from piste_algorithms.circuits.tables import from_moments, moments
-from piste_algorithms.optimizers._checks import check_range
 
 TOTALS = "totals"
 

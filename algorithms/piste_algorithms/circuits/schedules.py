@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from piste_algorithms.optimizers._checks import check_integer, check_range
+from piste_algorithms._checks import check_integer, check_range
 
 Schedule = Callable[[int], float]
 

@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from piste_algorithms.optimizers._checks import check_range
+from piste_algorithms._checks import check_range
 
 Vector = list[Tensor]  # one tensor a parameter
 Product = Callable[[Vector], Vector]

@@ -10,10 +10,12 @@ For evidence `z_t`, bets `lambda_j` and bounds `psi_j >= log E0[exp(lambda_j z)]
     statistic      mean_j A_j, and mean_j (A_j + 1 / (t + 1)) for HARMONIC
 
 It takes events one by one, so that any batching of the same events gives the same bits. It is compiled on its
-first call (no cache on disk, which an installation that nobody may write to would not have).
+first call and kept on disk where numba finds a place to write, so that a process that takes over from a
+killed one need not compile again.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numba
@@ -22,7 +24,14 @@ import numpy as np
 PLAIN, HARMONIC, RESTARTED_SUM, RESTARTED_MAX = 0, 1, 2, 3
 
 
-@numba.njit
+def _compiled(function: Callable[..., Any]) -> Any:
+    try:
+        return numba.njit(cache=True)(function)
+    except RuntimeError:  # numba's: nobody may write beside this file, nor into the user's own cache
+        return numba.njit(function)
+
+
+@_compiled
 def advance(
     evidence: Any,
     start: int,
@@ -97,7 +106,7 @@ def advance(
     return index, clock, skipped, _log_statistic(log_values, clock, recursion), alarm
 
 
-@numba.njit
+@_compiled
 def _log_statistic(log_values: Any, clock: int, recursion: int) -> float:
     """The logarithm of mean_j H_j."""
     # HARMONIC: H_j = A_j + 1 / (t + 1); otherwise H_j = A_j

@@ -18,9 +18,9 @@ import math
 from collections.abc import Sequence
 from typing import ClassVar
 
+from piste_algorithms._checks import check_range
 from piste_algorithms.martingales import _kernel
 from piste_algorithms.martingales.shift_detector import BETS, ScoreDetector
-from piste_algorithms.optimizers._checks import check_range
 
 
 class RunLengthDetector(ScoreDetector):

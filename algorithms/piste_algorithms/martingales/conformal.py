@@ -25,10 +25,10 @@ from typing import Any
 
 import numpy as np
 
+from piste_algorithms._checks import check_range
 from piste_algorithms.martingales import _kernel
 from piste_algorithms.martingales.detector import Array, Detector, Scores, as_scores, check_choice
 from piste_algorithms.martingales.shift_detector import log_ville_threshold
-from piste_algorithms.optimizers._checks import check_range
 
 KAPPAS = (0.3, 0.5, 0.7, 0.9)
 

@@ -6,8 +6,8 @@ import math
 
 import numpy as np
 
+from piste_algorithms._checks import check_range
 from piste_algorithms.martingales.detector import Scores, as_scores
-from piste_algorithms.optimizers._checks import check_range
 
 LARGEST_BET = 50.0
 

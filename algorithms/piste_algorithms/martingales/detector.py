@@ -5,16 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
 from piste_algorithms.martingales import _kernel
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 Array = NDArray[np.float64]
-Scores = Iterable[float] | Array | Tensor
+Scores: TypeAlias = "Iterable[float] | Array | Tensor"
 
 POLICIES = ("skip", "raise")
 
@@ -228,7 +230,8 @@ def as_scores(name: str, scores: Scores, *, finite: bool) -> Array:
     Raises:
         ValueError: if `scores` is no vector of numbers, or with `finite` one of them is not finite.
     """
-    values = scores.detach().cpu().numpy() if isinstance(scores, Tensor) else scores
+    # A tensor may be on another device and be part of a graph.
+    values: Any = scores.detach().cpu().numpy() if hasattr(scores, "detach") else scores
     if isinstance(values, Iterable) and not isinstance(values, np.ndarray):
         values = list(values)
     try:

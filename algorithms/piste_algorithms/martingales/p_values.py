@@ -18,8 +18,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from piste_algorithms._checks import check_integer, check_range
 from piste_algorithms.martingales.detector import Array
-from piste_algorithms.optimizers._checks import check_integer, check_range
 
 
 class PValueMartingale:

@@ -21,7 +21,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from piste_algorithms.optimizers._checks import check_range
+from piste_algorithms._checks import check_range
 
 
 class FisherScore:

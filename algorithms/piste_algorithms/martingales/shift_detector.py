@@ -31,10 +31,10 @@ from typing import Any
 
 import numpy as np
 
+from piste_algorithms._checks import check_integer, check_range
 from piste_algorithms.martingales import _kernel
 from piste_algorithms.martingales.bounds import BOUNDS, log_moment_bounds
 from piste_algorithms.martingales.detector import Array, Detector, Scores, as_scores, check_choice
-from piste_algorithms.optimizers._checks import check_integer, check_range
 
 BETS = (0.1, 0.25, 0.5, 1.0)
 

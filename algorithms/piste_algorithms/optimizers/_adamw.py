@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 from torch.optim.optimizer import Optimizer
 
-from piste_algorithms.optimizers._checks import check_betas, check_group, check_range
+from piste_algorithms._checks import check_betas, check_range
 
 
 def gradients_of(optimizer: Optimizer, group: Mapping[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
@@ -104,7 +104,11 @@ class WithAdamW(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as `torch.optim.Optimizer.add_param_group`; it is checked first."""
         super().add_param_group(param_group)
-        check_group(self, self._check)
+        try:
+            self._check(self.param_groups[-1])
+        except ValueError:
+            self.param_groups.pop()
+            raise
 
     def _check(self, group: Mapping[str, Any]) -> None:
         check_range("lr", group["lr"], low=0.0)

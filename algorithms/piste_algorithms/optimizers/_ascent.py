@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.optim.optimizer import Optimizer
 
-from piste_algorithms.optimizers._checks import check_range
+from piste_algorithms._checks import check_range
 from piste_algorithms.optimizers._wrapping import Wrapper
 
 EPS = 1e-12

@@ -25,8 +25,8 @@ from typing import Any, ClassVar
 from torch import nn
 from torch.optim.optimizer import Optimizer
 
+from piste_algorithms._checks import check_integer, check_range
 from piste_algorithms.optimizers._ascent import SharpnessAware
-from piste_algorithms.optimizers._checks import check_integer, check_range
 
 
 def updated_averages(mean: float, variance: float, square: float, delta: float) -> tuple[float, float]:

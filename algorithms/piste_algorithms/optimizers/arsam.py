@@ -37,8 +37,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
+from piste_algorithms._checks import check_integer, check_range
 from piste_algorithms.optimizers._ascent import EPS, Sample, SharpnessAware, present_gradients
-from piste_algorithms.optimizers._checks import check_integer, check_range
 
 MODES: dict[str, dict[str, Any]] = {
     "paper": {"frac_max": 0.8, "budget": 1.0, "gamma": 0.7, "reuse_scale": "none", "norm_tensors": 10},

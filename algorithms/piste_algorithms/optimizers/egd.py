@@ -39,7 +39,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
-from piste_algorithms.optimizers._checks import check_range
+from piste_algorithms._checks import check_range
 from piste_algorithms.optimizers._wrapping import Wrapper
 
 METHODS = ("eigh", "svd", "rsvd", "newton_schulz", "colnorm")

@@ -27,8 +27,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
+from piste_algorithms._checks import check_integer, check_range
 from piste_algorithms.optimizers._ascent import Sample, SharpnessAware, present_gradients, tensor_norms
-from piste_algorithms.optimizers._checks import check_integer, check_range
 
 
 def orthogonal_part(psf: Sequence[Tensor], gradients: Sequence[Tensor], norm: float) -> list[Tensor]:

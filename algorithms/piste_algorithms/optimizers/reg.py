@@ -28,8 +28,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
+from piste_algorithms._checks import check_range
 from piste_algorithms.optimizers._adamw import WithAdamW
-from piste_algorithms.optimizers._checks import check_range
 from piste_algorithms.optimizers._groups import matrix_param_groups
 
 ORDERS = ("row_col", "col_row")

@@ -1,11 +1,13 @@
 """Probabilistic circuits: exact likelihoods of text, DNA, genotypes and images, learned by EM or Anemone."""
 
+from piste.workload import Curve
 from piste_workloads.circuits.config import Config
 from piste_workloads.circuits.train import prepare_data, train
 from piste_workloads.circuits.verbs import impute, sample, save, score
 
 __all__ = [
     "Config",
+    "curve",
     "headline",
     "impute",
     "prepare_data",
@@ -20,6 +22,9 @@ __all__ = [
 verbs = {"score": score, "sample": sample, "impute": impute, "save": save}
 
 headline = ("valid/log_likelihood", "test/bits_per_dimension", "best/epoch", "time/cpu_s")
+curve = Curve(
+    "valid/log_likelihood", "validation log-likelihood (nats a row)", "epochs", "time/train_s", "max"
+)
 
 # For the contract battery: six epochs of a small hidden Markov model on a small text, a checkpoint every two.
 test_settings = {

@@ -1,20 +1,17 @@
 """Streams in one process, as a run with checkpoints: what sweeps and studies take, and `piste run`.
 
-`piste stream` follows the same streams through the ledger, on actors. What images need is imported where it
-is used: an actor that was killed is to be back soon.
+`piste stream` follows the same streams through the ledger, on actors. torch, and what images need, are
+imported where they are used: an actor that was killed is to be back soon.
 """
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from piste.errors import BadInput
 from piste.shards import Processor, Source
-from piste.workload import Run
 from piste_workloads.stream import recorded, simulated
 from piste_workloads.stream.config import Config
 from piste_workloads.stream.processing import Saved, Scores
@@ -22,6 +19,11 @@ from piste_workloads.stream.recorded import RECORDED, RecordedSource
 from piste_workloads.stream.self_calibrated import SelfCalibrated
 from piste_workloads.stream.simulated import SimulatedSource
 from piste_workloads.stream.summary import summarize
+
+if TYPE_CHECKING:
+    import torch
+
+    from piste.workload import Run
 
 
 def stream_names(config: Config) -> Sequence[str]:
@@ -67,6 +69,8 @@ def open_source(config: Config, numbers: Sequence[int]) -> Source:
 def open_processor(config: Config, number: int, saved: Saved | None) -> Processor:
     """What the events of a stream go through, from its beginning or from a saved state."""
     if config.source.name == "images":
+        import torch
+
         from piste_workloads.stream.images import Classified
 
         torch.set_num_threads(config.resources.cpus_per_worker)
@@ -133,6 +137,8 @@ def train(config: Config, run: Run) -> None:
 
 def _wealth(processors: Sequence[Processor]) -> dict[str, torch.Tensor]:
     """The log-wealth of each stream by detector: what a run of streams has instead of a model."""
+    import torch
+
     return {
         name: torch.tensor([processor.wealth[name] for processor in processors], dtype=torch.float64)
         for name in processors[0].wealth

@@ -72,6 +72,11 @@ def tuned(lab: Lab, task: str, rule: str) -> list[RunResult]:
     return runs(lab, task, rule, **dict(zip(names, best, strict=True)))
 
 
+def rules_on(task: str) -> Callable[[Lab], dict[str, list[RunResult]]]:
+    """The lines of a picture: every rule, tuned."""
+    return lambda lab: {rule: tuned(lab, task, rule) for rule in SPACES}
+
+
 def _total(values: Sequence[float]) -> float:
     """Their sum; minus infinity where one is no number, which a grid hands out as infinity."""
     return math.fsum(values) if all(map(math.isfinite, values)) else -math.inf
@@ -126,6 +131,8 @@ def higher(task: str, others: Sequence[str] = OTHERS) -> Callable[[Lab], list[fl
 
     return measure
 
+
+pictures = {task: rules_on(task) for task in RECIPES}
 
 FASTER = "the paper's abstract (faster convergence); the factor is this project's"
 BETTER = "the paper's abstract (higher likelihood); how it is measured is this project's"

@@ -1,18 +1,14 @@
-"""Checks of the arguments that the optimizers of this package share."""
+"""Checks of arguments that the algorithms share."""
 
 import math
-from collections.abc import Callable, Mapping
-from typing import Any
-
-import torch
-from torch.optim.optimizer import Optimizer
 
 
 def check_range(
     name: str, value: object, *, low: float, high: float = math.inf, low_open: bool = False
 ) -> None:
     """Raise `ValueError` unless `value` is a number in `[low, high)`, or in `(low, high)` with `low_open`."""
-    number = value.item() if isinstance(value, torch.Tensor) and value.numel() == 1 else value
+    elements = getattr(value, "numel", None)  # a tensor's; torch itself is not needed here
+    number: object = value.item() if callable(elements) and elements() == 1 else value  # type: ignore[attr-defined]
     is_number = isinstance(number, int | float) and not isinstance(number, bool)
     if not (is_number and isinstance(number, int | float) and low <= number < high) or (
         low_open and number == low
@@ -33,12 +29,3 @@ def check_betas(name: str, betas: object) -> None:
         raise ValueError(f"{name} must be a pair of numbers in [0, 1), got {betas!r}")
     for index, beta in enumerate(betas):
         check_range(f"{name}[{index}]", beta, low=0.0, high=1.0)
-
-
-def check_group(optimizer: Optimizer, check: Callable[[Mapping[str, Any]], None]) -> None:
-    """Check the group that was added last; remove it again where `check` raises."""
-    try:
-        check(optimizer.param_groups[-1])
-    except ValueError:
-        optimizer.param_groups.pop()
-        raise
