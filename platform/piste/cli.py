@@ -87,9 +87,10 @@ def _ls_runs() -> None:
 
     ledger = open_ledger()
     print(f"runs in {ledger.name}")
-    for run in ledger.runs(limit=50):
-        method = method_of(run.config)["name"]
-        print(f"  {run.id:<24} {run.status:<12} {method:<10} {age(run.created):<12} {run.error or ''}")
+    runs = [(run, method_of(run.config)["name"]) for run in ledger.runs(limit=50)]
+    width = max((len(method) for _, method in runs), default=0)
+    for run, method in runs:
+        print(f"  {run.id:<24} {run.status:<12} {method:<{width}}  {age(run.created):<12} {run.error or ''}")
 
 
 def _ls_sweeps() -> None:
@@ -203,7 +204,7 @@ def _resume(options: argparse.Namespace, _fields: dict[str, Any]) -> int:
 
     ledger = open_ledger()
     run_id = running.resumable(ledger, options.run, options.local)
-    if ledger.run(run_id).provenance.get("kind") == "stream":
+    if ledger.run(run_id).is_stream:
         from piste import stream_command
 
         return stream_command.follow(ledger, run_id, options)
@@ -217,7 +218,7 @@ def _rerun(options: argparse.Namespace, _fields: dict[str, Any]) -> None:
     from piste.ledger import open_ledger
 
     observer: Any = _observer(options)
-    if open_ledger().run(options.run).provenance.get("kind") == "stream":
+    if open_ledger().run(options.run).is_stream:
         from piste.stream_command import observer_of
 
         observer = observer_of(options)

@@ -171,7 +171,9 @@ def parse_value(text: str) -> Any:
 
 
 def method_of(table: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What a resolved recipe learns with: the `[rule]` of its workload where it has one, or `[optimizer]`."""
+    """What a recipe works with: its `[rule]` or `[detectors]` where it has such, or its `[optimizer]`."""
+    if "detectors" in table:
+        return {"name": ", ".join(table["detectors"])}
     found: Mapping[str, Any] = table.get("rule", table["optimizer"])
     return found
 

@@ -189,11 +189,16 @@ def make_folder(directory: Path, config: Recipe) -> Path:
     """Makes the folder of a run or sweep, with its resolved recipe.
 
     Raises:
-        BadInput: It cannot be written.
+        BadInput: It is there, or cannot be written.
     """
     try:
         directory.mkdir(parents=True)
         (directory / "recipe.toml").write_text(to_toml(config), encoding="utf-8")
+    except FileExistsError:
+        raise BadInput(
+            f"{directory} is there, but {directory.name} is not in the ledger in use: give another name, or "
+            "set PISTE_LEDGER to the ledger that has it"
+        ) from None
     except OSError as error:
         raise BadInput(
             f"{directory}: {error.strerror}: set PISTE_HOME to a place that can be written"
@@ -230,7 +235,7 @@ def _execute(
     relay = relay_process.RelayProcess(ledger.url, run_id, uri, directory / "relay.log")
     try:
         with (observer or _Silent()).watch(ledger, run_id, config):
-            if row.provenance.get("kind") == "stream":
+            if row.is_stream:
                 from piste import shards, streams
 
                 assert isinstance(config, shards.StreamRecipe)
@@ -380,7 +385,7 @@ def difference(ledger: Ledger, first: str, second: str) -> dict[str, float]:
     """Per metric the largest absolute difference of two runs over all steps."""
     keys = {key for run_id in (first, second) for key in ledger.keys(run_id)}
     # What a detector that watched a run has told of it is not the run's own.
-    told = () if ledger.run(first).provenance.get("kind") == "stream" else (tracking.ALARM,)
+    told = () if ledger.run(first).is_stream else (tracking.ALARM,)
     found = {}
     for key in sorted(k for k in keys if not k.startswith((*WALL_CLOCK, *told))):
         a, b = dict(ledger.history(first, key)), dict(ledger.history(second, key))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,10 @@ def execute(options: argparse.Namespace, fields: dict[str, Any]) -> int:
     fields |= running.ONE_WORKER if options.local else {}
     if options.watch is not None:
         metric = options.metric or "train/loss"
-        fields |= {"source.run": watching.check(ledger, options.watch, metric), "source.metric": metric}
+        watched = watching.check(ledger, options.watch, metric)
+        if (lack := watching.lacking(ledger, watched, metric)) is not None:
+            print(f"piste: {watched} is still without {lack}: waiting for it", file=sys.stderr)
+        fields |= {"source.run": watched, "source.metric": metric}
     name, config = Path(recipe).stem, running.load_recipe(recipe, fields)
     run_id = streams.plan(ledger, name, config, options.name)
     return follow(ledger, run_id, options)

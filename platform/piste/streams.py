@@ -14,13 +14,12 @@ from piste.config import Recipe
 from piste.errors import BadInput
 from piste.ledger import Ledger
 from piste.ledger import Run as RunRow
-from piste.ledger.tables import StreamAlarm
+from piste.ledger.tables import STREAM, StreamAlarm
 from piste.preflight import check_resources
 from piste.shards import Feed, Shard, StreamRecipe, read
 from piste.tracking import flatten
 from piste.workload import Run
 
-KIND = "stream"  # in the provenance of a run that is streams
 _ID = re.compile(r"\w[\w.-]*", re.ASCII)
 LISTED_ALARMS = 10_000
 # Where a stream is shown and computed may change; all else decides what it says.
@@ -37,7 +36,7 @@ def plan(ledger: Ledger, name: str, config: Recipe, stream_id: str | None = None
     if stream_id is not None and not _ID.fullmatch(stream_id):
         raise BadInput(f"--name {stream_id!r}: use letters, digits, dots, dashes and underscores")
     if stream_id is None or not ledger.has(stream_id):
-        return running.plan(ledger, name, config, run_id=stream_id, kind=KIND)
+        return running.plan(ledger, name, config, run_id=stream_id, kind=STREAM)
     row = ledger.run(stream_id)
     changes = changed(row, config)
     if changes:
@@ -69,7 +68,7 @@ def changed(row: RunRow, config: Recipe) -> list[str]:
         for key in sorted(before.keys() | now.keys())
         if before.get(key) != now.get(key)
     ]
-    if row.provenance.get("kind") != KIND:
+    if not row.is_stream:
         found.insert(0, "it is no stream")
     if row.provenance.get("data_hash", data) != data:
         found.append("its data have changed")
@@ -111,6 +110,10 @@ def execute(ledger: Ledger, run_id: str, config: StreamRecipe, stop: threading.E
         view.log({"time/events_per_s": (totals["events"] - before) / seconds, "time/s": seconds}, attempt)
         if not stopped:
             _sum_up(ledger, run_id, config, totals, view)
+        if not stopped and config.watched is not None:
+            from piste import watching
+
+            watching.show(ledger, config.watched[0], view)
     finally:
         view.close()
     return stopped
@@ -150,9 +153,12 @@ def _sum_up(ledger: Ledger, run_id: str, config: StreamRecipe, totals: Mapping[s
     if first:
         listed = [{"stream": names[number], **first[number, name]} for number, name in sorted(first)]
         view.table("alarms", listed[:LISTED_ALARMS], last)
-    early = [] if config.watched else [each for each in standing if each["sequence"] < config.events]
-    for stream in early:
-        view.note(f"stream {stream['name']} ended after {stream['sequence']} events")
+    for stream in standing:
+        said = f"stream {stream['name']} ended after {stream['sequence']} events"
+        if not stream["wealth"]:
+            view.note(f"{said}, too few to calibrate its detectors: nothing was looked for in it")
+        elif not config.watched and stream["sequence"] < config.events:
+            view.note(said)
 
 
 def alarm_columns(alarm: StreamAlarm) -> dict[str, Any]:

@@ -338,7 +338,7 @@ def tags(run: RunRow, origin: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _note(run: RunRow) -> str:
-    if run.provenance.get("kind") == "stream":
+    if run.is_stream:
         return (
             f"Streams of **{run.workload}**, seed {run.seed}, from recipe `{run.recipe}`. The step of a "
             "metric is the event's number; the first alarms of each stream are in `alarms.json`."

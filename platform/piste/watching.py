@@ -1,7 +1,7 @@
 """Watching a run in progress: one of its metrics, in the order in which the ledger got it, as a stream.
 
-What is found is told to the run that is watched, too, as a metric `alarm/KEY` at the step that raised it,
-which its relay turns into a tag in MLflow.
+What is found is told to the run that is watched, too, as a metric `alarm/KEY/WATCH/DETECTOR` at the step that
+raised it, which its relay turns into a tag in MLflow. Several watches of a run so tell it of each of theirs.
 """
 
 from __future__ import annotations
@@ -9,33 +9,42 @@ from __future__ import annotations
 import sys
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
-from piste.errors import BadInput, nearest
+from piste import relay_process
+from piste.errors import BadInput, PisteError, nearest
 from piste.ledger import Ledger, Message, Row
 from piste.shards import Shard, StreamRecipe
-from piste.tracking import ALARM, TERMINAL
+from piste.tracking import ALARM, TERMINAL, tracking_uri
+from piste.workload import Run
 
 POLL_SECONDS = 0.5
 
 
 def check(ledger: Ledger, run_id: str, key: str) -> str:
-    """The full id of a run that can be watched.
+    """The full id of a run that can be watched; one in progress may have the metric later.
 
     Raises:
-        BadInput: There is no such run; or it has metrics, or has ended, and none of them is this one.
+        BadInput: There is no such run; or it has ended without that metric.
     """
     row = ledger.run(run_id)
-    known = ledger.keys(row.id)
-    if key not in known and (known or row.status in TERMINAL):
-        raise BadInput(f"{row.id} has no metric {key!r}{nearest(key, known)}")
+    lack = lacking(ledger, row.id, key)
+    if row.status in TERMINAL and lack is not None:
+        raise BadInput(f"{row.id} has ended without {lack}")
     return row.id
+
+
+def lacking(ledger: Ledger, run_id: str, key: str) -> str | None:
+    """That a run has no such metric, in words, with the nearest that it has; None where it has it."""
+    known = ledger.keys(run_id)
+    return None if key in known else f"a metric {key!r}{nearest(key, known)}"
 
 
 def follow(
     ledger: Ledger, run_id: str, module: Any, config: StreamRecipe, attempt: int, stop: threading.Event
 ) -> bool:
-    """Follows a metric until its run has ended.
+    """Follows a metric until its run has ended; where the recipe says `until_alarm`, to the first alarm.
 
     Args:
         ledger: The ledger.
@@ -47,6 +56,9 @@ def follow(
 
     Returns:
         Whether it has ended early because it was to.
+
+    Raises:
+        PisteError: The run has ended without that metric, or its driver is gone; what came before is kept.
     """
     assert config.watched is not None
     watched, key = config.watched
@@ -54,18 +66,49 @@ def follow(
     progress = shard.open()
     told = _Told(ledger, run_id, watched, key)
     told.tell()  # what an earlier attempt may have had no time for
+    until_alarm = getattr(config, "until_alarm", False)
     while not progress.ended and not stop.is_set():
-        over = ledger.run(watched).status in TERMINAL  # before its rows: what then lacks is really absent
+        lost = ledger.lost_driver(watched)  # before its status: a driver records the end, then it goes
+        run = ledger.run(watched)  # before its rows: what then lacks is really absent
         first = progress.position
         values = [value for _, value in ledger.events(watched, key, first, config.stream.batch)]
-        if values:
+        if until_alarm and told.some:
+            progress = shard.take(first, 1, {0: []})
+        elif values:
             progress = shard.take(first, len(values), {0: values})
             told.tell()
-        elif over:
+        elif run.status in TERMINAL:
+            if first == 0 and (lack := lacking(ledger, watched, key)) is not None:
+                raise PisteError(f"{watched} has ended without {lack}")
             progress = shard.take(first, 1, {0: []})
+        elif lost is not None:
+            resume = f"resume {watched}" if run.sweep_id is None else f"sweep --resume {run.sweep_id}"
+            raise PisteError(
+                f"the driver of {watched} is gone ({lost}): `piste {resume}` continues it, and then "
+                f"`piste resume {run_id}` this watch"
+            )
         else:
             stop.wait(POLL_SECONDS)
     return not progress.ended
+
+
+def show(ledger: Ledger, watched: str, view: Run) -> None:
+    """Shows in MLflow what a run was told of after its end, when its own relay had none to wait for.
+
+    A run of a sweep is shown with the sweep, whose relay takes no more of it once it has ended.
+
+    Args:
+        ledger: The ledger.
+        watched: The run that was watched.
+        view: The run that has watched it.
+    """
+    row = ledger.run(watched)
+    if row.status not in TERMINAL or row.sweep_id is not None or not ledger.streams.alarms(view.id, limit=1):
+        return
+    uri = tracking_uri(row.config["tracking"]["uri"])
+    relay = relay_process.RelayProcess(ledger.url, watched, uri, Path(view.directory) / "relay.log")
+    if relay.finish().get("pending") != 0:
+        view.note(f"MLflow may lack alarms of {watched}: `piste sync {watched}` pushes them")
 
 
 class _Told:
@@ -76,6 +119,11 @@ class _Told:
         self._watched, self._key = watched, key
         self._told: set[tuple[str, int]] = set()
 
+    @property
+    def some(self) -> bool:
+        """Whether there was any alarm."""
+        return bool(self._told)
+
     def tell(self) -> None:
         """Tells of what is new; a row that is there already is ignored by the ledger."""
         if self._ledger.streams.totals(self._run_id)["alarms"] == len(self._told):
@@ -85,7 +133,8 @@ class _Told:
         new = [alarm for alarm in alarms if (alarm.detector, alarm.sequence) not in self._told]
         for alarm in new:
             [(step, _)] = self._ledger.events(self._watched, self._key, alarm.sequence, 1)
-            rows.append(Row(f"{ALARM}{self._key}/{alarm.detector}", step, alarm.log_wealth, now))
+            key = f"{ALARM}{self._key}/{self._run_id}/{alarm.detector}"
+            rows.append(Row(key, step, alarm.log_wealth, now))
         # It is of none of that run's attempts, so that no new one fences it off.
         self._ledger.apply(Message(self._watched, sys.maxsize, 0, tuple(rows)))
         self._told |= {(alarm.detector, alarm.sequence) for alarm in new}

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 from tests.platform.simulated import Process, Task, World, current, fault, pause
 
 
@@ -68,11 +69,16 @@ class SimulatedOs:
 class SimulatedPids:
     """In place of `psutil`."""
 
+    Error, STATUS_ZOMBIE = psutil.Error, psutil.STATUS_ZOMBIE
+
     def __init__(self, world: World) -> None:
         self._world = world
 
     def pid_exists(self, pid: int) -> bool:
         return any(p.pid == pid for p in self._world.living())
+
+    def Process(self, _pid: int) -> SimpleNamespace:
+        return SimpleNamespace(status=lambda: psutil.STATUS_RUNNING)
 
 
 class SimulatedThreading:

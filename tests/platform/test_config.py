@@ -233,3 +233,5 @@ def test_a_recipe_learns_with_its_rule_or_its_optimizer() -> None:
     optimizer = {"name": "adamw", "lr": 1e-3}
     assert method_of({"optimizer": optimizer}) == optimizer
     assert method_of({"optimizer": optimizer, "rule": {"name": "anemone"}}) == {"name": "anemone"}
+    detectors = {"shift": {"kind": "shift"}, "plain": {"kind": "cusum"}}
+    assert method_of({"optimizer": optimizer, "detectors": detectors}) == {"name": "shift, plain"}

@@ -307,6 +307,8 @@ def test_the_same_recipe_under_an_id_goes_on_and_another_is_refused(config: Conf
         streams.plan(ledger, "adding", config, "mine")
     with pytest.raises(BadInput, match=r"--name '\.\./x': use letters"):
         streams.plan(ledger, "adding", config, "../x")
+    with pytest.raises(BadInput, match=r"mine is there, but mine is not in the ledger in use: .* PISTE_L"):
+        streams.plan(Ledger("sqlite://"), "adding", config, "mine")
 
 
 def test_streams_of_no_workload_and_runs_that_are_none_are_refused(config: Config) -> None:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +14,7 @@ from typing import Any, cast
 
 import numpy as np
 import pytest
+from tests.platform.driving import NoRelay
 from tests.platform.ledgers import COLUMNS
 
 from piste import catalog, cli, running, streams, tracking, watching
@@ -62,8 +66,9 @@ class InProgress:
         self._then(end)
 
 
-def watch(ledger: Ledger, stop: object, run_id: str) -> bool:
-    config = running.load_recipe("stream-watch", {"source.run": "training"})
+def watch(ledger: Ledger, stop: object, run_id: str, **source: str) -> bool:
+    fields = {"run": "training"} | source
+    config = running.load_recipe("stream-watch", {f"source.{key}": value for key, value in fields.items()})
     assert isinstance(config, StreamRecipe)
     if not ledger.has(run_id):
         streams.plan(ledger, "watch", config, run_id)
@@ -92,7 +97,7 @@ def check(ledger: Ledger, run_id: str) -> None:
         (a.sequence + 50, a.onset + 50, a.log_wealth) for a in alarms
     ]
     assert alarms[0].sequence + 50 >= SHIFTED
-    told = ledger.history("training", "alarm/train/loss/rise")
+    told = ledger.history("training", f"alarm/train/loss/{run_id}/rise")
     assert told == [(step_of(a.sequence + 50), a.log_wealth) for a in alarms]
 
 
@@ -142,7 +147,7 @@ def test_alarms_that_were_not_told_are_told_when_the_watch_goes_on(
         with pytest.raises(_Gone):
             watch(ledger, InProgress(ledger, 1), "watch")
     assert ledger.streams.alarms("watch")
-    assert not ledger.history("training", "alarm/train/loss/rise")
+    assert not ledger.history("training", "alarm/train/loss/watch/rise")
     assert not watch(ledger, InProgress(ledger, 1), "watch")
     check(ledger, "watch")
 
@@ -151,22 +156,107 @@ def _lost(*_: object) -> int:
     raise _Gone
 
 
+class RelayHere(NoRelay):
+    """A relay whose process is this one."""
+
+    def __init__(self, url: str, name: str, uri: str, _log: Path) -> None:
+        self._relay = tracking.Relay(Ledger(url), name, uri)
+
+    def finish(self) -> dict[str, Any]:
+        self._relay.step()
+        return {"pending": self._relay.pending()}
+
+
 def test_the_command_watches_a_run_and_the_run_is_tagged_in_mlflow(
-    no_view: None, shown_home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    shown_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setattr("piste.relay_process.RelayProcess", RelayHere)
     ledger = open_ledger()
     begin(ledger, tmp_path)
     log(ledger, 0, COUNT)
     ledger.set_status("training", "finished")
+    relay = tracking.Relay(ledger, "training", tracking.tracking_uri())
+    assert relay.step()  # the run's own has gone
     assert cli.main(["stream", "--watch", "train", "--json", "--name", "watch"]) == 0
     last = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert (last["status"], last["events"]) == ("finished", COUNT)
     assert last["metrics"]["alarmed/rise"] == 1.0
     check(ledger, "watch")
-    relay = tracking.Relay(ledger, "training", tracking.tracking_uri())
-    relay.step()
     shown = tracking.client(tracking.tracking_uri()).get_run(str(relay.mlflow_run_id))
-    assert shown.data.tags["piste.alarm"] == f"train/loss/rise at {step_of(last['raised'][-1]['sequence'])}"
+    step = step_of(last["raised"][-1]["sequence"])
+    assert shown.data.tags["piste.alarm"] == f"train/loss/watch/rise at {step}"
+    assert cli.main(["ls", "runs"]) == 0
+    methods = {line.split()[0]: line.split()[2] for line in capsys.readouterr().out.splitlines()[1:]}
+    assert methods == {"watch": "rise", "training": "sgd"}
+
+
+def test_two_watches_of_a_run_tell_it_of_their_alarms_apart(no_view: None, tmp_path: Path) -> None:
+    ledger = open_ledger()
+    begin(ledger, tmp_path)
+    log(ledger, 0, COUNT)
+    ledger.set_status("training", "finished")
+    for run_id in ("first", "second"):
+        assert not watch(ledger, InProgress(ledger, 1), run_id)
+    for run_id in ("first", "second"):
+        check(ledger, run_id)
+    assert ledger.run("training").recomputed_different == 0
+
+
+def test_a_watch_to_the_first_alarm_ends_with_the_batch_that_has_raised_it(
+    no_view: None, tmp_path: Path
+) -> None:
+    ledger = open_ledger()
+    begin(ledger, tmp_path)
+    assert not watch(ledger, InProgress(ledger, 20), "watch", until="alarm")
+    first = offline()[1][0].sequence + 50
+    [stream] = ledger.streams.standing("watch")
+    assert (stream["sequence"], stream["ended"]) == (20 * (first // 20 + 1), True)
+    assert ledger.history("training", "alarm/train/loss/watch/rise")[0][0] == step_of(first)
+    assert ledger.run("training").status == "running"
+    with pytest.raises(BadInput, match=r"source\.until = 'alarm' is for a metric, not for 'gamma'"):
+        running.load_recipe("stream-null", {"source.until": "alarm"})
+
+
+def test_a_watch_ends_where_the_driver_of_its_run_is_gone_and_goes_on_with_it(
+    no_view: None, tmp_path: Path
+) -> None:
+    ledger, here = open_ledger(), os.uname().nodename
+    begin(ledger, tmp_path)
+    driver = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    assert driver.stdin is not None
+    ledger.claim("training", f"{here}:{driver.pid}")
+    assert ledger.lost_driver("training") is None
+    log(ledger, 0, 270)
+    driver.kill()
+    driver.stdin.close()
+    os.waitid(os.P_PID, driver.pid, os.WEXITED | os.WNOWAIT)  # it is dead, and nobody has waited for it
+    line = (
+        rf"^the driver of training is gone \({here}:{driver.pid}\): `piste resume training` continues it, "
+        "and then `piste resume watch` this watch$"
+    )
+    with pytest.raises(PisteError, match=line):
+        watch(ledger, InProgress(ledger, 1), "watch")
+    assert ledger.streams.totals("watch")["events"] == 270
+    assert driver.wait() != 0
+    ledger.claim("training", f"{here}:{os.getpid()}")
+    log(ledger, 270, COUNT)
+    ledger.set_status("training", "finished")
+    assert not watch(ledger, InProgress(ledger, 1), "watch")
+    check(ledger, "watch")
+
+
+def test_a_run_that_a_sweep_has_lost_is_lost(no_view: None, tmp_path: Path) -> None:
+    ledger = open_ledger()
+    columns = {key: COLUMNS[key] for key in ("recipe", "workload", "config", "provenance", "directory")}
+    ledger.sweeps.create(id="sweep", **columns)
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    ledger.sweeps.claim("sweep", f"{os.uname().nodename}:{gone.pid}")
+    ledger.create(**(COLUMNS | {"id": "trial", "sweep_id": "sweep"}))
+    ledger.begin_attempt("trial")
+    assert ledger.lost_driver("trial") == f"{os.uname().nodename}:{gone.pid}"
+    with pytest.raises(PisteError, match=r"`piste sweep --resume sweep` continues it"):
+        watch(ledger, InProgress(ledger, 1), "watch", run="trial")
 
 
 def test_losses_that_are_no_numbers_are_counted_and_skipped(no_view: None, tmp_path: Path) -> None:
@@ -199,7 +289,7 @@ def test_losses_that_do_not_vary_cannot_be_watched(no_view: None, tmp_path: Path
         (["--watch", "nobody"], "no run has id 'nobody'"),
         (
             ["--watch", "training", "--metric", "train/los"],
-            "no metric 'train/los'; did you mean 'train/loss'?",
+            "training has ended without a metric 'train/los'; did you mean 'train/loss'?",
         ),
         (["stream-null", "--metric", "train/loss"], "--metric goes with --watch RUN"),
         ([], "name a recipe, or a run with --watch"),
@@ -211,16 +301,50 @@ def test_what_cannot_be_watched_is_refused(
 ) -> None:
     begin(open_ledger(), tmp_path)
     log(open_ledger(), 0, 3)
+    open_ledger().set_status("training", "finished")
     assert cli.main(["stream", *words]) == 2
     said = capsys.readouterr().err
     assert message in said
     assert said.count("\n") == 1
 
 
-def test_a_run_that_has_not_said_anything_yet_can_be_watched(no_view: None, tmp_path: Path) -> None:
+def test_a_run_in_progress_may_say_later_what_is_watched(
+    no_view: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     ledger = open_ledger()
     begin(ledger, tmp_path)
     assert watching.check(ledger, "train", "train/loss") == "training"
-    ledger.set_status("training", "failed")
-    with pytest.raises(BadInput, match="training has no metric 'train/loss'"):
-        watching.check(ledger, "training", "train/loss")
+    ledger.apply(Message("training", 1, 0, (Row("system/cpu_percent", 1, 50.0, 7),)))
+    progress = InProgress(ledger, COUNT)
+    monkeypatch.setattr(threading.Event, "wait", lambda self, seconds=None: progress.wait(0.0))
+    monkeypatch.setattr("piste.stream_command.observer_of", lambda options: None)
+    assert cli.main(["stream", "--watch", "train", "--name", "watch"]) == 0
+    said = capsys.readouterr().err
+    waiting = "piste: training is still without a metric 'train/loss'; there are: system/cpu_percent: waiting"
+    assert waiting in said
+    check(ledger, "watch")
+
+
+def test_a_run_that_has_ended_without_what_was_waited_for_fails_the_watch(
+    no_view: None, tmp_path: Path
+) -> None:
+    ledger = open_ledger()
+    begin(ledger, tmp_path)
+    with pytest.raises(PisteError, match="ended without a metric 'train/los'; did you mean 'train/loss'"):
+        watch(ledger, InProgress(ledger, COUNT), "watch", metric="train/los")
+    with pytest.raises(BadInput, match="training has ended without a metric 'valid/loss'; did you mean"):
+        watching.check(ledger, "training", "valid/loss")
+
+
+def test_too_few_values_to_calibrate_are_no_silent_success(no_view: None, tmp_path: Path) -> None:
+    ledger = open_ledger()
+    begin(ledger, tmp_path)
+    log(ledger, 0, 49)
+    ledger.set_status("training", "finished")
+    config = running.load_recipe("stream-watch", {"source.run": "training"})
+    run_id = streams.plan(ledger, "watch", config)
+    assert running.execute(ledger, run_id, local=True).status == "finished"
+    [line] = running.log_lines(ledger, run_id)
+    assert line.endswith(
+        "train/loss ended after 49 events, too few to calibrate its detectors: nothing was looked for in it"
+    )

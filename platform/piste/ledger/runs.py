@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import psutil
@@ -121,6 +122,20 @@ class Runs(Database):
         with self.reading() as connection:
             return connection.execute(select(Run.id).where(Run.id == run_id)).first() is not None
 
+    def lost_driver(self, run_id: str) -> str | None:
+        """The driver (`host:pid`) of a run that is open, where it was a process of this host and is gone.
+
+        A run of a sweep has the sweep's. What runs on other hosts is not known here.
+        """
+        run = self.run(run_id)
+        driver = run.driver
+        if run.sweep_id is not None:
+            with self.reading() as connection:
+                driver = connection.scalar(select(Sweep.driver).where(Sweep.id == run.sweep_id))
+        host, _, pid = (driver or "").rpartition(":")
+        here = run.status in ACTIVE and host == os.uname().nodename
+        return driver if here and not _is_alive(int(pid)) else None
+
     def runs(self, limit: int | None = None) -> list[Run]:
         """The newest runs first, without those of sweeps."""
         query = select(Run).where(Run.sweep_id.is_(None)).order_by(Run.created.desc())
@@ -222,7 +237,7 @@ def claim(connection: Connection, table: type[Run] | type[Sweep], row_id: str, d
     owner, status = connection.execute(query).one()
     host, _, pid = (owner or "").rpartition(":")
     elsewhere = owner != driver and host == driver.rpartition(":")[0]
-    if status in ACTIVE and elsewhere and psutil.pid_exists(int(pid)):
+    if status in ACTIVE and elsewhere and _is_alive(int(pid)):
         raise LedgerError(f"{row_id} is running in process {pid}: end that first")
     values = {"driver": driver, "status": "planned", "error": None, "finished": None}
     connection.execute(update(table).where(table.id == row_id).values(values))
@@ -230,6 +245,15 @@ def claim(connection: Connection, table: type[Run] | type[Sweep], row_id: str, d
         fresh = update(Job).where(Job.id == job, Job.subject.is_(None))
         connection.execute(fresh.values(subject=row_id))
     return str(status)
+
+
+def _is_alive(pid: int) -> bool:
+    """Whether a process of this host runs; one that was killed, and that nobody has waited for, does not."""
+    if not psutil.pid_exists(pid):
+        return False
+    with suppress(psutil.Error):
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    return True
 
 
 def _clock(now: float) -> dict[str, Any]:

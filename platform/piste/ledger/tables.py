@@ -12,6 +12,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 # Metrics of the machine, not of the computation: a repeated run is not expected to repeat them.
 WALL_CLOCK = ("time/", "system/")
 ACTIVE = ("planned", "running")
+STREAM = "stream"  # the kind, in its provenance, of a run that is streams
 
 _Id = BigInteger().with_variant(Integer, "sqlite")
 
@@ -85,6 +86,11 @@ class Run(Base):
     sweep_id: Mapped[str | None] = mapped_column(ForeignKey("sweeps.id"), index=True)
     started: Mapped[float | None]
     seconds: Mapped[float] = mapped_column(default=0.0, server_default="0")
+
+    @property
+    def is_stream(self) -> bool:
+        """Whether it is followed as streams, not trained."""
+        return self.provenance.get("kind") == STREAM
 
 
 class Trial(Base):

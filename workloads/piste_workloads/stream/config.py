@@ -62,6 +62,9 @@ class Source(Section):
     ] = "gamma"
     run: str = Field(default="", description="the run that a metric is of")
     metric: str = Field(default="train/loss", min_length=1, description="a metric of a run in the ledger")
+    until: Literal["end", "alarm"] = Field(
+        default="end", description="of a metric: follow it to the end of its run, or to its first alarm"
+    )
     streams: int = Field(default=8, ge=1, description="simulated ones; of images there is one an adapter")
     events: int = Field(default=10_000, ge=1, description="events of a stream")
     calibration: int = Field(default=2000, ge=2, description="events of the source before a stream begins")
@@ -207,9 +210,20 @@ class Config(StreamRecipe, frozen=True):
         return (self.source.run, self.source.metric) if self.source.name == "metric" else None
 
     @property
+    def until_alarm(self) -> bool:
+        """Whether a metric is followed to its first alarm, not to the end of its run."""
+        return self.source.until == "alarm"
+
+    @property
     def total_steps(self) -> int:
         """Where a run of this configuration ends, in batches."""
         return -(-self.source.events // self.stream.batch)
+
+    @model_validator(mode="after")
+    def _a_metric_ends_at_an_alarm(self) -> Self:
+        if self.until_alarm and self.watched is None:
+            raise ValueError(f"source.until = 'alarm' is for a metric, not for {self.source.name!r}")
+        return self
 
     @model_validator(mode="after")
     def _images_are_batched(self) -> Self:
