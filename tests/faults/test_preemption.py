@@ -4,13 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
-import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
@@ -24,8 +19,8 @@ from tests.faults.disturbed import (
     start_sweep,
     wait_for_step,
 )
+from tests.faults.hosts import Hosts
 from tests.platform.driving import (
-    ROOT,
     alive,
     descendants,
     done_again,
@@ -172,62 +167,6 @@ def test_a_sweep_on_ray_stops_its_trials_with_checkpoints(shown_home: Path, tmp_
     assert code == 0, err
     assert len(steps_taken(folder)) == 12 * STEPS  # not one was taken twice
     assert_same_trials(shown_home, row.id, folder)
-
-
-class Hosts:
-    """A Ray cluster whose nodes stand for hosts: a head without processors, and others as they are added."""
-
-    def __init__(self, folder: str) -> None:
-        from ray.cluster_utils import Cluster
-
-        self._node = {"include_dashboard": False, "object_store_memory": 80 * 2**20}
-        self._cluster = Cluster(
-            initialize_head=True, head_node_args={**self._node, "num_cpus": 0, "temp_dir": folder}
-        )
-        self.address: str = self._cluster.address
-        self._nodes: dict[int, Any] = {}
-
-    def add(self) -> None:
-        """Adds a host of one processor."""
-        node = self._cluster.add_node(num_cpus=1, object_store_memory=80 * 2**20)
-        [raylet] = node.all_processes["raylet"]
-        self._nodes[raylet.process.pid] = node
-        self._cluster.wait_for_nodes()
-
-    def of(self, pid: int) -> int:
-        """The host that a worker runs on, by its raylet."""
-        parent = psutil.Process(pid).ppid()
-        assert parent in self._nodes
-        return parent
-
-    def take_away(self, host: int) -> None:
-        """Announces that a host will be gone in a minute."""
-        command = [str(Path(sys.executable).parent / "ray"), "drain-node", "--address", self.address]
-        command += ["--node-id", self._nodes[host].node_id, "--reason", "DRAIN_NODE_REASON_PREEMPTION"]
-        command += ["--reason-message", "wanted back", "--deadline-remaining-seconds", "60"]
-        subprocess.run(command, check=True, capture_output=True)
-
-    def end(self) -> None:
-        """Ends all of it."""
-        self._cluster.shutdown()  # type: ignore[no-untyped-call]
-
-
-@pytest.fixture
-def hosts(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hosts]:
-    """A cluster of two hosts of one processor each."""
-    import piste.training  # noqa: F401 (sets Ray's settings before it is imported)
-
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    with tempfile.TemporaryDirectory(prefix="p-") as folder:
-        monkeypatch.setenv("RAY_TMPDIR", folder)  # where Ray notes the address of the newest cluster
-        (Path(folder) / "ray").mkdir()
-        hosts = Hosts(folder)
-        try:
-            hosts.add()
-            hosts.add()
-            yield hosts
-        finally:
-            hosts.end()
 
 
 @pytest.mark.fault

@@ -1,9 +1,15 @@
-"""Many kills of the actors of one run of streams: nothing is lost, nothing is counted twice."""
+"""Killed actors and a killed host of a run of streams: nothing is lost, nothing is counted twice."""
 
 from __future__ import annotations
 
+import time
+from pathlib import Path
+
 import pytest
+from tests.faults.hosts import Hosts
+from tests.platform.driving import end, ledger_of, start_piste, wait_until
 from tests.workloads.killed_streams import follow_with_kills
+from tests.workloads.offline_streams import assert_offline
 
 from piste.config import Resources, Tracking
 from piste.shards import Pace
@@ -30,3 +36,43 @@ def test_ten_kills_lose_nothing_and_count_nothing_twice(local_ray: None, no_view
     kills = [(kinds[n], (n + 1) * EVERY) for n in range(KILLS)]
     seconds = follow_with_kills(config, kills)
     assert len(seconds) == KILLS
+
+
+RECIPE = """
+workload = "stream"
+seed = 13
+source = { name = "gamma", streams = 4, events = 200_000, calibration = 600, shift = 0.5, onset = 150_000 }
+stream = { batch = 100 }
+detectors = { shift = {}, cusum = { kind = "cusum" } }
+tracking = { system_metrics = false }
+"""
+
+
+@pytest.mark.fault
+def test_streams_move_from_a_killed_host(shown_home: Path, tmp_path: Path, hosts: Hosts) -> None:
+    recipe = tmp_path / "streams.toml"
+    recipe.write_text(RECIPE)
+    hosts.add()  # two are taken, the third is there to move to
+    where = ["--resources.address", hosts.address, "--resources.one_host", "true", "--resources.workers", "2"]
+    process = start_piste(shown_home, "stream", str(recipe), "--name", "moved", *where, "--json")
+
+    def reached() -> int:
+        """How far the streams are that are behind."""
+        assert process.poll() is None, end(process)
+        ledger = ledger_of(shown_home)
+        standing = ledger.streams.standing("moved") if ledger.has("moved") else []
+        return min((int(stream["sequence"]) for stream in standing), default=0)
+
+    wait_until(lambda: reached() >= 5_000, "5,000 events of each stream", 120.0)
+    struck = hosts.running("ShardActor")[0]
+    hosts.kill(struck)
+    killed, at = time.monotonic(), reached()
+    assert at < 190_000
+    wait_until(lambda: reached() >= at + 200, "that the killed host's streams go on", 60.0)
+    seconds = time.monotonic() - killed
+    code, _, err = end(process)
+    assert code == 0, err
+    ledger = ledger_of(shown_home)
+    assert ledger.run("moved").attempt == 1
+    assert_offline(ledger, "moved", Config.model_validate(ledger.run("moved").config))
+    assert seconds < 20.0  # a silent host is held for dead after 12
