@@ -72,8 +72,9 @@ def test_files_of_ones_own_are_read_and_gaps_are_no_numbers(
     write(tmp_path / "nab" / "real" / "taxi.csv", "timestamp,value\n1,2.5\n2,\n3,x\n4,1e3\n")
     write(tmp_path / "nab" / "ads.csv", "timestamp,value\n1,7\n")
     write(tmp_path / "elec2.csv", "date,nswprice,nswdemand,vicprice,vicdemand\n1,0.1,0.2,0.3,0.4\n")
+    write(tmp_path / "streams" / "nab_speed.csv", "timestamp,value\n1,5\n")
     found = scores(recorded("nab"))
-    assert list(found) == ["ads", "real/taxi"]
+    assert list(found) == ["ads", "real/taxi", "speed"]
     np.testing.assert_array_equal(found["real/taxi"], [2.5, np.nan, np.nan, 1000.0])
     assert {name: list(series) for name, series in scores(recorded("elec2")).items()} == {
         "nswprice": [0.1],

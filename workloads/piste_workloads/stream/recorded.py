@@ -7,8 +7,10 @@ differences (`source.score`) depend less.
 - `glucose`: a continuous glucose monitor's signal (package bokeh-sampledata), in mg/dl every five minutes;
 - `water_flow`: litres a second in a pipeline branch, hourly (river);
 - `trump_approval`: six pollsters' ratings in percent, daily (river);
-- `elec2`: prices and demands of New South Wales and Victoria (Harries 1999), a CSV file in PISTE_DATA;
-- `nab`: the Numenta Anomaly Benchmark (Lavin and Ahmad, arXiv:1510.03336), its folder of CSV files there.
+- `elec2`: prices and demands of New South Wales and Victoria (Harries 1999), a CSV file in PISTE_DATA or in
+  its folder `streams`;
+- `nab`: the Numenta Anomaly Benchmark (Lavin and Ahmad, arXiv:1510.03336), its folder of CSV files, as `nab`,
+  or files `nab_NAME.csv` there.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ from piste_workloads.stream.config import Config
 Array = NDArray[np.float64]
 
 FOLDER = "PISTE_DATA"  # the environment variable
-_ELEC2 = ("elec2.csv", "electricity-normalized.csv", "electricity.csv")
+_ELEC2 = ("elec2.csv", "elec.csv", "electricity-normalized.csv", "electricity.csv")
 _ELEC2_COLUMNS = ("nswprice", "nswdemand", "vicprice", "vicdemand")
 
 
@@ -109,21 +111,28 @@ def _trump_approval(_folder: str | None) -> dict[str, Array]:
 
 
 def _elec2(folder: str | None) -> dict[str, Array]:
-    found = [Path(folder) / name for name in _ELEC2 if folder and (Path(folder) / name).exists()]
+    found = [place / name for place in _places(folder) for name in _ELEC2 if (place / name).exists()]
     if not found:
         raise BadInput(f"elec2 is not there: put {_ELEC2[0]} into the folder that {FOLDER} names")
     return _columns(found[0], {name: name for name in _ELEC2_COLUMNS})
 
 
 def _nab(folder: str | None) -> dict[str, Array]:
-    root = Path(folder or "") / "nab"
-    files = sorted(root.rglob("*.csv")) if folder else []
-    if not files:
+    named = {}
+    for place in _places(folder):
+        root = place / "nab"
+        named |= {path.relative_to(root).with_suffix("").as_posix(): path for path in root.rglob("*.csv")}
+        named |= {path.stem.removeprefix("nab_"): path for path in place.glob("nab_*.csv")}
+    if not named:
         raise BadInput(
             f"NAB is not there: put its folder `data`, as nab, into the folder that {FOLDER} names"
         )
-    named = {path.relative_to(root).with_suffix("").as_posix(): path for path in files}
-    return {name: _columns(path, {"value": name})[name] for name, path in named.items()}
+    return {name: _columns(path, {"value": name})[name] for name, path in sorted(named.items())}
+
+
+def _places(folder: str | None) -> list[Path]:
+    """Where files may lie that no package has."""
+    return [Path(folder), Path(folder) / "streams"] if folder else []
 
 
 RECORDED: dict[str, Callable[[str | None], dict[str, Array]]] = {
