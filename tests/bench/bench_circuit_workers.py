@@ -21,6 +21,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from piste_algorithms.circuits import Anemone, hmm
+from piste_workloads.circuits.train import sum_over_workers
 
 BATCH, LENGTH, STATES, LETTERS, ROUNDS, TARGET = 4096, 32, 64, 27, 5, 0.8
 
@@ -38,8 +39,7 @@ def work(rank: int, together: bool, store: str, steps: int, turn: Any, rates: An
         for _ in range(number):
             rule.accumulate(batch)
             if together:
-                for tensor in rule.accumulated().values():
-                    dist.all_reduce(tensor)
+                sum_over_workers(list(rule.accumulated().values()))
             rule.update()
 
     take(1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -156,16 +156,23 @@ class Learner:
     def _update(self) -> StepInfo:
         """Sums what all workers have gathered; then all make the same update."""
         if self._run.world_size > 1:
-            for tensor in self.rule.accumulated().values():
-                total = tensor.contiguous()  # NCCL takes no other; a copy where the categories come first
-                torch.distributed.all_reduce(total)
-                tensor.copy_(total)
+            sum_over_workers(list(self.rule.accumulated().values()))
         try:
             return self.rule.update()
         except ValueError as error:
             raise PisteError(
                 f"update {self.rule.updates + 1}: {error}: raise rule.pseudocount or train.batch"
             ) from error
+
+
+def sum_over_workers(tensors: Sequence[Tensor]) -> None:
+    """Sums tensors over all workers, in place; those of one type in one exchange."""
+    for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
+        mine = [tensor for tensor in tensors if tensor.dtype == dtype]
+        flat = torch.cat([tensor.reshape(-1) for tensor in mine])
+        torch.distributed.all_reduce(flat)
+        for tensor, part in zip(mine, flat.split([tensor.numel() for tensor in mine]), strict=True):
+            tensor.copy_(part.view(tensor.shape))
 
 
 def _ended(config: Config, progress: Progress, epoch: int) -> bool:
