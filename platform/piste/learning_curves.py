@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from piste import catalog, comparison
@@ -132,6 +133,7 @@ def figure(lines: Mapping[str, Points], curve: Curve, seeds: int = 1) -> Figure:
     if near is not None:
         panels[1, 0].set_title("the same, where most of them end", fontsize=9, loc="left")
     panels[-1, 0].set_xlabel(curve.step)
+    panels[-1, 0].xaxis.set_major_locator(MaxNLocator(8, integer=True))
     panels[-1, 1].set_xlabel("seconds of training")
     made.supylabel(curve.label, fontsize=10)
     if seeds > 1:

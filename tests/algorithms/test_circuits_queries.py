@@ -198,8 +198,9 @@ def test_nothing_observed_has_likelihood_one() -> None:
 # Trees and grids
 
 
-def test_mutual_information_is_that_of_the_counts() -> None:
-    x = torch.randint(3, (200, 4), generator=generator(0))
+@pytest.mark.parametrize("categories", [3, 20])  # fewer pairs of categories than rows, and more
+def test_mutual_information_is_that_of_the_counts(categories: int) -> None:
+    x = torch.randint(categories, (200, 4), generator=generator(0))
     x[:, 3] = x[:, 0]
     x[::7, 1] = -1
     found = mutual_information(x)
@@ -207,12 +208,15 @@ def test_mutual_information_is_that_of_the_counts() -> None:
         there = (x[:, i] >= 0) & (x[:, j] >= 0)
         pairs = x[there]
         expected = 0.0
-        for a, b in itertools.product(range(3), repeat=2):
+        for a, b in itertools.product(range(categories), repeat=2):
             joint = float(((pairs[:, i] == a) & (pairs[:, j] == b)).double().mean())
             if joint > 0:
                 left, right = (pairs[:, i] == a).double().mean(), (pairs[:, j] == b).double().mean()
                 expected += joint * math.log(joint / float(left * right))
         assert float(found[i, j]) == pytest.approx(expected, abs=1e-12)
+    assert not found.diagonal().any()
+    x[:, 2] = -1
+    assert not mutual_information(x)[2].any()  # of no rows
 
 
 def test_mutual_information_of_normal_values_is_that_of_their_correlation() -> None:

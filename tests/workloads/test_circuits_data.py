@@ -212,6 +212,7 @@ def test_genotypes_are_simulated_and_say_so() -> None:
     assert set(everyone.flatten().tolist()) == {0, 1, 2}
     assert float(torch.minimum(frequency, 1.0 - frequency).min()) > 0.05
     assert all(told["real"] is False and "simulated" in told["note"] for told in rows.table())
+    assert rows.told == ("data: the genotypes are simulated, not real data",)
     assert rows_of(**few).sha256 == rows.sha256 != rows_of(**few, simulation_seed=2).sha256
 
 

@@ -147,6 +147,19 @@ def test_a_comparison_finds_its_curve(config_of: ConfigOf, run_of: RunOf) -> Non
     assert 0.0 < clock[2] < clock[4]
 
 
+def test_a_run_tells_which_letters_count_as_missing(run_of: RunOf, tmp_path: Path) -> None:
+    for name, content in (("a", "ACGTNNRRACGT" * 9), ("b", "ACGTACGT"), ("c", "ACGTACGA")):
+        (tmp_path / f"{name}.fa").write_text(f">s\n{content}\n")
+    paths = {
+        p: [str(tmp_path / f"{n}.fa")] for p, n in zip(("train", "validation", "test"), "abc", strict=True)
+    }
+    table = {"workload": "circuits", "data": {"kind": "dna", "length": 4, **paths}, "train": {"epochs": 1}}
+    table |= {"model": {"name": "hmm", "latents": 2}, "rule": {"name": "anemone"}}
+    run = run_of(circuits, validate(Config, table, "test"))
+    [line] = (run.directory / "artifacts" / "log.txt").read_text().splitlines()
+    assert line.endswith(f"data: {paths['train'][0]}: letters beyond ACGTN count as missing: 18 R")
+
+
 def test_updates_are_counted(config_of: ConfigOf, run_of: RunOf) -> None:
     config = config_of(rule={"name": "anemone", "updates_every": 3}, train__epoch_rows=200)
     run = run_of(circuits, config)

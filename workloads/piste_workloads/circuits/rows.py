@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,11 +71,13 @@ class Rows:
         parts: `train`, `valid` and `test`: `(rows, variables)` int64, -1 where a value is missing.
         encoding: What the categories mean.
         origin: Where each part comes from, a mapping a part with the same keys.
+        told: What a run says on the command line about them, a line each.
     """
 
     parts: dict[str, Tensor]
     encoding: Encoding
     origin: tuple[dict[str, Any], ...]
+    told: tuple[str, ...] = ()
 
     def table(self) -> list[dict[str, Any]]:
         """Where the rows come from and how many there are, a row a part."""
@@ -101,7 +103,10 @@ class Rows:
 
 
 def rows_of(
-    parts: Mapping[str, NDArray[np.integer]], encoding: Encoding, origin: Mapping[str, dict[str, Any]]
+    parts: Mapping[str, NDArray[np.integer]],
+    encoding: Encoding,
+    origin: Mapping[str, dict[str, Any]],
+    told: Iterable[str] = (),
 ) -> Rows:
     """Rows of arrays, checked.
 
@@ -109,6 +114,7 @@ def rows_of(
         parts: By part, `(rows, variables)`.
         encoding: What they mean.
         origin: By part, where it comes from.
+        told: What a run says about them.
 
     Raises:
         BadInput: A part is empty.
@@ -117,7 +123,7 @@ def rows_of(
         if len(parts[part]) == 0:
             raise BadInput(f"data: the {part} part is empty: use more data, shorter rows or another split")
     tensors = {part: torch.from_numpy(np.ascontiguousarray(parts[part], dtype=np.int64)) for part in PARTS}
-    return Rows(tensors, encoding, tuple({"part": part, **origin[part]} for part in PARTS))
+    return Rows(tensors, encoding, tuple({"part": part, **origin[part]} for part in PARTS), tuple(told))
 
 
 def windows(sequence: NDArray[np.integer], length: int) -> NDArray[np.integer]:

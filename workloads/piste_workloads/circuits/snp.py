@@ -33,7 +33,8 @@ def open_snp(section: Snp) -> Rows:
         "real": False,
         "note": "simulated, not real data",
     }
-    return rows_of(arrays, Encoding("numbers", 3, (section.snps,)), dict.fromkeys(PARTS, origin))
+    told = [f"data: the genotypes are {origin['note']}"]
+    return rows_of(arrays, Encoding("numbers", 3, (section.snps,)), dict.fromkeys(PARTS, origin), told)
 
 
 def _key(section: Snp) -> str:

@@ -101,7 +101,9 @@ def _read_csv(path: Path) -> tuple[list[str], NDArray[np.float64]]:
             number = _number(cell)
             if number is None:
                 where = columns[column] if columns else f"x{column}"
-                raise ValueError(f"row {row + 1}, column {where}: {cell!r} is no number")
+                raise ValueError(
+                    f"row {row + 1}, column {where}: {cell!r} is no number: a missing value is an empty cell"
+                )
             values[row, column] = number
     return columns, values
 

@@ -51,9 +51,10 @@ def train(config: Config, run: Run) -> None:
     `bits_per_dimension` (of the observed values) and `loss` (nats a row, the log-likelihood's negative), for
     tokens `bits_per_byte`, for labelled rows `accuracy`; at the end that of `test`. Also `rule/step_size`,
     `rule/rate_min`, `rule/rate_mean`, `rule/rate_max` (implicit learning rates of nodes), `cost/updates`,
-    `cost/rows`, `time/step_ms` (of the epoch's updates), `time/train_s` and `time/cpu_s` (of all updates so
-    far, by the clock and over this worker's threads), `time/rows_per_s`, and `best/log_likelihood` with
-    `best/epoch` of the validations. `train/impossible` counts rows of probability zero, which teach nothing.
+    `cost/rows`, `time/step_ms` and `time/epoch_cpu_s` (of the epoch's updates, by the clock and over this
+    worker's threads), `time/train_s` and `time/cpu_s` (likewise, of all updates so far), `time/rows_per_s`,
+    and `best/log_likelihood` with `best/epoch` of the validations. `train/impossible` counts rows of
+    probability zero, which teach nothing.
 
     Raises:
         BadInput: As `prepare_data`.
@@ -69,6 +70,8 @@ def train(config: Config, run: Run) -> None:
     best: dict[str, Tensor] = {}  # the parameters of the best validation, where they are kept
     if state is None:
         run.table("data", rows.table())
+        for line in rows.told:
+            run.note(line)
     else:
         learner.rule.load_state_dict(state["rule"])
         progress = learner.progress = Progress(**state["progress"])
@@ -133,7 +136,8 @@ class Learner:
         progress.updates += len(infos)
         progress.rows += size
         progress.seconds += seconds
-        progress.cpu_seconds += time.process_time() - cpu
+        cpu_seconds = time.process_time() - cpu
+        progress.cpu_seconds += cpu_seconds
         samples = sum(info.samples for info in infos)
         log_likelihood = progress.train = sum(info.log_likelihood * info.samples for info in infos) / samples
         observed = float((self._train[order.to(self._run.device)] >= 0).sum()) / size
@@ -145,6 +149,7 @@ class Learner:
             "cost/rows": float(progress.rows),
             "time/step_ms": 1e3 * seconds,
             "time/train_s": progress.seconds,
+            "time/epoch_cpu_s": cpu_seconds,
             "time/cpu_s": progress.cpu_seconds,
             "time/rows_per_s": size / seconds,
         }
@@ -171,7 +176,7 @@ def sum_over_workers(tensors: Sequence[Tensor]) -> None:
         mine = [tensor for tensor in tensors if tensor.dtype == dtype]
         flat = torch.cat([tensor.reshape(-1) for tensor in mine])
         torch.distributed.all_reduce(flat)
-        for tensor, part in zip(mine, flat.split([tensor.numel() for tensor in mine]), strict=True):
+        for tensor, part in zip(mine, torch.split(flat, [tensor.numel() for tensor in mine]), strict=True):
             tensor.copy_(part.view(tensor.shape))
 
 
