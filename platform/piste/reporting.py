@@ -159,9 +159,9 @@ def summary(ledger: Ledger, run_ids: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def table(rows: Sequence[dict[str, Any]]) -> Table:
-    """The rows of `summary` for the terminal; what all runs share is left out, the best loss is bold."""
+    """The rows of `summary` for the terminal, the best loss bold; without what all share or none has."""
     usual: dict[str, set[object]] = {"status": {"finished"}, "seed": {rows[0].get("seed")}}
-    keys = [key for key in rows[0] if not {row[key] for row in rows} <= usual.get(key, set())]
+    keys = [key for key in rows[0] if not {row[key] for row in rows} <= usual.get(key, {None})]
     made = Table(box=None, pad_edge=False, padding=(0, 1), collapse_padding=True, header_style="bold")
     for key in keys:
         heading = key.replace("/", "\n").replace("_", "\n")  # narrow, so that a table fits 80 columns

@@ -11,6 +11,7 @@ from typing import Any
 from rich.console import Console
 
 from piste import running, streams, watching
+from piste.errors import BadInput, PisteError
 from piste.ledger import Ledger, open_ledger
 from piste.run_command import exit_code, to_the_end
 from piste.stream_view import StreamLines, StreamView, alarm_table, summary_lines
@@ -26,7 +27,7 @@ def execute(options: argparse.Namespace, fields: dict[str, Any]) -> int:
         metric = options.metric or "train/loss"
         watched = watching.check(ledger, options.watch, metric)
         if (lack := watching.lacking(ledger, watched, metric)) is not None:
-            print(f"piste: {watched} is still without {lack}: waiting for it", file=sys.stderr)
+            print(f"piste: waiting for {watched}, which is still without {lack}", file=sys.stderr)
         fields |= {"source.run": watched, "source.metric": metric}
     name, config = Path(recipe).stem, running.load_recipe(recipe, fields)
     run_id = streams.plan(ledger, name, config, options.name)
@@ -35,7 +36,12 @@ def execute(options: argparse.Namespace, fields: dict[str, Any]) -> int:
 
 def follow(ledger: Ledger, run_id: str, options: argparse.Namespace) -> int:
     """Follows planned or interrupted streams to their end and reports on them; returns the exit code."""
-    result = to_the_end(ledger, run_id, options.local, observer_of(options), "stream")
+    try:
+        result = to_the_end(ledger, run_id, options.local, observer_of(options), "stream")
+    except PisteError as error:
+        if not isinstance(error, BadInput):  # what came before it counts
+            report(ledger, run_id, options.json)
+        raise
     report(ledger, run_id, options.json)
     return exit_code(result)
 

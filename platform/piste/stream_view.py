@@ -24,6 +24,8 @@ from piste.reporting import LINE_SECONDS, POLL_SECONDS, cell
 
 BARS = "▁▂▃▄▅▆▇█"
 WIDTH = 40  # values of a sparkline
+LEAST = 8  # where a terminal is narrow
+VALUE = 22  # columns of `log-wealth -1.23e+05` and of what is between it, the bars and the name
 ALARMS = 5  # the newest, while streams run
 LISTED = 20  # in the report
 SPEED_SECONDS = 5.0
@@ -104,7 +106,7 @@ class StreamView:
         with Live(console=self._console, transient=True, auto_refresh=False) as live:
 
             def show(standing: Standing) -> None:
-                live.update(_panel(standing, run_id), refresh=True)
+                live.update(_panel(standing, run_id, self._console.width), refresh=True)
 
             with _polled(ledger, run_id, show):
                 yield
@@ -164,13 +166,20 @@ def _said(standing: Standing) -> str:
     )
 
 
-def _panel(standing: Standing, run_id: str) -> Group:
+def _panel(standing: Standing, run_id: str, width: int) -> Group:
     lines = Table.grid(padding=(0, 1))
+    lines.add_column(overflow="ellipsis")
+    lines.add_column(no_wrap=True)
+    lines.add_column(no_wrap=True)
+    bars = max(width - VALUE - max(map(len, standing.wealth), default=0), LEAST)
     for place, values in standing.wealth.items():
         top = max(max((v for v in values if math.isfinite(v)), default=0.0), 1.0)
-        lines.add_row(place, Text(sparkline(values, top), style="cyan"), f"log-wealth {values[-1]:.3g}")
+        lines.add_row(
+            place, Text(sparkline(values, top)[-bars:], style="cyan"), f"log-wealth {values[-1]:.3g}"
+        )
     alarms = [Text(_alarm_line(alarm, standing.names), style="bold red") for alarm in standing.alarms]
-    return Group(Text(run_id, style="bold"), lines, *alarms, Text(_said(standing)))
+    # A terminal that is too low shows the first lines.
+    return Group(Text(run_id, style="bold"), Text(_said(standing)), *alarms, lines)
 
 
 def _alarm_line(alarm: StreamAlarm, names: Mapping[int, str]) -> str:

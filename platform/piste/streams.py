@@ -41,7 +41,7 @@ def plan(ledger: Ledger, name: str, config: Recipe, stream_id: str | None = None
     changes = changed(row, config)
     if changes:
         shown = ", ".join(changes[:4]) + (f" and {len(changes) - 4} more" if len(changes) > 4 else "")
-        raise BadInput(f"{row.id} is there with another recipe: {shown}: give the streams another --name")
+        raise BadInput(f"{row.id} is there, but not as these streams: {shown}: give them another --name")
     return running.resumable(ledger, row.id, local=False)
 
 

@@ -9,17 +9,19 @@ from __future__ import annotations
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from piste import relay_process
 from piste.errors import BadInput, PisteError, nearest
-from piste.ledger import Ledger, Message, Row
+from piste.ledger import Ledger, Message, Row, StoredRow, number
 from piste.shards import Shard, StreamRecipe
 from piste.tracking import ALARM, TERMINAL, tracking_uri
 from piste.workload import Run
 
 POLL_SECONDS = 0.5
+PAGE = 10_000  # values that are read again at once
 
 
 def check(ledger: Ledger, run_id: str, key: str) -> str:
@@ -64,23 +66,24 @@ def follow(
     watched, key = config.watched
     shard = Shard(module, config, [0], ledger.streams, run_id, attempt)
     progress = shard.open()
-    told = _Told(ledger, run_id, watched, key)
-    told.tell()  # what an earlier attempt may have had no time for
-    until_alarm = getattr(config, "until_alarm", False)
+    mark = seen = 0  # the last row of the metric that was read, and how many
+    until_alarm, alarmed = getattr(config, "until_alarm", False), False
     while not progress.ended and not stop.is_set():
         lost = ledger.lost_driver(watched)  # before its status: a driver records the end, then it goes
         run = ledger.run(watched)  # before its rows: what then lacks is really absent
-        first = progress.position
-        values = [value for _, value in ledger.events(watched, key, first, config.stream.batch)]
-        if until_alarm and told.some:
-            progress = shard.take(first, 1, {0: []})
-        elif values:
-            progress = shard.take(first, len(values), {0: values})
-            told.tell()
+        taken = progress.position - seen  # by an earlier attempt, which may not have told of them
+        rows = ledger.metrics_after(watched, mark, min(taken, PAGE) or config.stream.batch, key)
+        if until_alarm and alarmed and not taken:
+            progress = shard.take(seen, 1, {0: []})
+        elif rows:
+            if not taken:
+                progress = shard.take(seen, len(rows), {0: [number(row) for row in rows]})
+            alarmed |= _tell(ledger, run_id, config.watched, seen, rows)
+            mark, seen = rows[-1].id, seen + len(rows)
         elif run.status in TERMINAL:
-            if first == 0 and (lack := lacking(ledger, watched, key)) is not None:
+            if seen == 0 and (lack := lacking(ledger, watched, key)) is not None:
                 raise PisteError(f"{watched} has ended without {lack}")
-            progress = shard.take(first, 1, {0: []})
+            progress = shard.take(seen, 1, {0: []})
         elif lost is not None:
             resume = f"resume {watched}" if run.sweep_id is None else f"sweep --resume {run.sweep_id}"
             raise PisteError(
@@ -90,6 +93,32 @@ def follow(
         else:
             stop.wait(POLL_SECONDS)
     return not progress.ended
+
+
+def _tell(
+    ledger: Ledger, run_id: str, watched: tuple[str, str], first: int, values: Sequence[StoredRow]
+) -> bool:
+    """Tells a run of the alarms on some values of its metric; what is there already is ignored by the ledger.
+
+    Args:
+        ledger: The ledger.
+        run_id: The run that watches.
+        watched: The run and the metric.
+        first: The number of the first value.
+        values: The values.
+
+    Returns:
+        Whether there was any alarm.
+    """
+    alarms = ledger.streams.alarms(run_id, among=range(first, first + len(values)))
+    now, (told, metric) = time.time_ns() // 1_000_000, watched
+    rows = [
+        Row(f"{ALARM}{metric}/{run_id}/{a.detector}", values[a.sequence - first].step, a.log_wealth, now)
+        for a in alarms
+    ]
+    if rows:  # of none of that run's attempts, so that no new one fences them off
+        ledger.apply(Message(told, sys.maxsize, 0, tuple(rows)))
+    return bool(rows)
 
 
 def show(ledger: Ledger, watched: str, view: Run) -> None:
@@ -109,32 +138,3 @@ def show(ledger: Ledger, watched: str, view: Run) -> None:
     relay = relay_process.RelayProcess(ledger.url, watched, uri, Path(view.directory) / "relay.log")
     if relay.finish().get("pending") != 0:
         view.note(f"MLflow may lack alarms of {watched}: `piste sync {watched}` pushes them")
-
-
-class _Told:
-    """Tells a run of the alarms on its metric, each once."""
-
-    def __init__(self, ledger: Ledger, run_id: str, watched: str, key: str) -> None:
-        self._ledger, self._run_id = ledger, run_id
-        self._watched, self._key = watched, key
-        self._told: set[tuple[str, int]] = set()
-
-    @property
-    def some(self) -> bool:
-        """Whether there was any alarm."""
-        return bool(self._told)
-
-    def tell(self) -> None:
-        """Tells of what is new; a row that is there already is ignored by the ledger."""
-        if self._ledger.streams.totals(self._run_id)["alarms"] == len(self._told):
-            return
-        now, rows = time.time_ns() // 1_000_000, []
-        alarms = self._ledger.streams.alarms(self._run_id)
-        new = [alarm for alarm in alarms if (alarm.detector, alarm.sequence) not in self._told]
-        for alarm in new:
-            [(step, _)] = self._ledger.events(self._watched, self._key, alarm.sequence, 1)
-            key = f"{ALARM}{self._key}/{self._run_id}/{alarm.detector}"
-            rows.append(Row(key, step, alarm.log_wealth, now))
-        # It is of none of that run's attempts, so that no new one fences it off.
-        self._ledger.apply(Message(self._watched, sys.maxsize, 0, tuple(rows)))
-        self._told |= {(alarm.detector, alarm.sequence) for alarm in new}

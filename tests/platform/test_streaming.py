@@ -296,7 +296,7 @@ def test_the_same_recipe_under_an_id_goes_on_and_another_is_refused(config: Conf
     other = config.model_copy(
         update={"adding": Adding(events=50), "seed": 4, "resources": Resources(workers=2)}
     )
-    with pytest.raises(BadInput, match=r"mine is there with .* adding.events 40 -> 50, seed 0 -> 4: give"):
+    with pytest.raises(BadInput, match=r"mine is there, but .* adding.events 40 -> 50, seed 0 -> 4: give"):
         streams.plan(ledger, "adding", other, "mine")
     moved = config.model_copy(
         update={"tracking": Tracking(experiment="x"), "resources": Resources(workers=2)}
@@ -372,16 +372,19 @@ def test_wealth_is_drawn_from_nothing_to_the_highest() -> None:
     assert len(sparkline([1.0] * 100, top=2.0)) == WIDTH
 
 
-def test_a_terminal_shows_wealth_alarms_and_how_fast_events_pass(config: Config) -> None:
+@pytest.mark.parametrize(("width", "height"), [(100, 40), (40, 15)])
+def test_a_terminal_shows_wealth_alarms_and_how_fast_events_pass(
+    width: int, height: int, config: Config
+) -> None:
     screen = io.StringIO()
     ledger = open_ledger()
     run_id = streams.plan(ledger, "adding", config)
-    view = StreamView(Console(file=screen, force_terminal=True, width=100))
+    view = StreamView(Console(file=screen, force_terminal=True, width=width, height=height))
     running.execute(ledger, run_id, local=True, observer=view)
     drawn = screen.getvalue()
     for part in (
         run_id,
-        "s0/sum",
+        "s0/sum \x1b[36m▁",
         "█",
         "log-wealth",
         "alarm s2/sum at 29: onset about 27",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -14,10 +15,11 @@ from typing import Any, cast
 
 import numpy as np
 import pytest
+from rich.console import Console
 from tests.platform.driving import NoRelay
 from tests.platform.ledgers import COLUMNS
 
-from piste import catalog, cli, running, streams, tracking, watching
+from piste import catalog, cli, reporting, running, streams, tracking, watching
 from piste.errors import BadInput, PisteError
 from piste.ledger import Ledger, Message, Row, open_ledger
 from piste.shards import StreamRecipe
@@ -188,6 +190,11 @@ def test_the_command_watches_a_run_and_the_run_is_tagged_in_mlflow(
     assert cli.main(["ls", "runs"]) == 0
     methods = {line.split()[0]: line.split()[2] for line in capsys.readouterr().out.splitlines()[1:]}
     assert methods == {"watch": "rise", "training": "sgd"}
+    screen = io.StringIO()
+    Console(file=screen, width=100).print(reporting.table(reporting.summary(ledger, ["watch"])))
+    *headings, cells = screen.getvalue().splitlines()
+    assert cells.split() == ["watch", "rise", "1"]  # without what a stream has not, such as a learning rate
+    assert headings[-1].split() == ["run", "optimizer", "alarmed"]
 
 
 def test_two_watches_of_a_run_tell_it_of_their_alarms_apart(no_view: None, tmp_path: Path) -> None:
@@ -320,7 +327,7 @@ def test_a_run_in_progress_may_say_later_what_is_watched(
     monkeypatch.setattr("piste.stream_command.observer_of", lambda options: None)
     assert cli.main(["stream", "--watch", "train", "--name", "watch"]) == 0
     said = capsys.readouterr().err
-    waiting = "piste: training is still without a metric 'train/loss'; there are: system/cpu_percent: waiting"
+    waiting = "piste: waiting for training, which is still without a metric 'train/loss'; there are: system/"
     assert waiting in said
     check(ledger, "watch")
 

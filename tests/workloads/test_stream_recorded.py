@@ -86,6 +86,16 @@ def test_files_of_ones_own_are_read_and_gaps_are_no_numbers(
         prepare_data(recorded("nab"))
 
 
+def test_a_series_that_cannot_calibrate_its_detectors_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PISTE_DATA", str(tmp_path))
+    gaps = "\n".join(f"{n},{'x' if n < 395 else n % 7}" for n in range(500))
+    write(tmp_path / "nab" / "gaps.csv", f"timestamp,value\n{gaps}\n")
+    with pytest.raises(BadInput, match=r"^nab: the series gaps: .* at least 326 finite .*, got 5$"):
+        prepare_data(recorded("nab"))
+
+
 @pytest.mark.parametrize(("name", "message"), [("elec2", "put elec2.csv into"), ("nab", "PISTE_DATA names")])
 def test_what_is_not_there_is_one_line(name: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PISTE_DATA", raising=False)

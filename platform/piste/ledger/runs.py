@@ -148,10 +148,13 @@ class Runs(Database):
         with self.session() as session:
             return list(session.scalars(query.order_by(Run.created.desc()).limit(limit)))
 
-    def metrics_after(self, run_id: str, high_water_mark: int, limit: int) -> list[StoredRow]:
-        """The run's next metrics behind a high-water mark, in the order of their commit."""
+    def metrics_after(
+        self, run_id: str, high_water_mark: int, limit: int, key: str | None = None
+    ) -> list[StoredRow]:
+        """The run's next metrics, or those of one name, behind a high-water mark; as they were committed."""
         fields = [getattr(Metric, name) for name in StoredRow._fields]
         query = select(*fields).where(Metric.run_id == run_id, Metric.id > high_water_mark)
+        query = query if key is None else query.where(Metric.key == key)
         with self.reading() as connection:
             return [StoredRow(*row) for row in connection.execute(query.order_by(Metric.id).limit(limit))]
 
@@ -175,13 +178,6 @@ class Runs(Database):
         query = select(Metric).where(Metric.run_id == run_id, Metric.key == key).order_by(Metric.step)
         with self.session() as session:
             return [(metric.step, number(metric)) for metric in session.scalars(query)]
-
-    def events(self, run_id: str, key: str, first: int, limit: int) -> list[tuple[int, float]]:
-        """Values of one metric as `(step, value)` in the order of their commit, from the `first`-th on."""
-        query = select(Metric).where(Metric.run_id == run_id, Metric.key == key).order_by(Metric.id)
-        with self.session() as session:
-            found = session.scalars(query.offset(first).limit(limit))
-            return [(metric.step, number(metric)) for metric in found]
 
     def keys(self, run_id: str) -> list[str]:
         """The names of the metrics that a run has."""

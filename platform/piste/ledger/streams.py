@@ -166,14 +166,23 @@ class Streams:
         counts = {"streams": streams, "ended": ended, "events": events, "skipped": skipped, "alarms": alarms}
         return {name: int(count) for name, count in counts.items()}
 
-    def alarms(self, run_id: str, limit: int | None = None) -> list[StreamAlarm]:
-        """A run's alarms, by stream, detector and event; with a limit, the newest alone."""
+    def alarms(self, run_id: str, limit: int | None = None, among: range | None = None) -> list[StreamAlarm]:
+        """A run's alarms, by stream, detector and event.
+
+        Args:
+            run_id: The run.
+            limit: The newest alone, newest first.
+            among: Those that events of these numbers have raised.
+        """
         query = select(StreamAlarm).where(StreamAlarm.run_id == run_id)
-        order = (StreamAlarm.number, StreamAlarm.detector, StreamAlarm.sequence)
+        if among is not None:
+            query = query.where(StreamAlarm.sequence >= among.start, StreamAlarm.sequence < among.stop)
+        place = (StreamAlarm.number, StreamAlarm.detector)
         if limit is None:
-            query = query.order_by(*order)
-        else:
-            query = query.order_by(StreamAlarm.timestamp.desc(), *order).limit(limit)
+            query = query.order_by(*place, StreamAlarm.sequence)
+        else:  # all of a commit have its time
+            newest = (StreamAlarm.timestamp.desc(), StreamAlarm.sequence.desc())
+            query = query.order_by(*newest, *place).limit(limit)
         with self._database.session() as session:
             return list(session.scalars(query))
 

@@ -65,7 +65,7 @@ def data_hash(config: Config) -> str:
     """The hash of all series.
 
     Raises:
-        BadInput: They cannot be had, or are too short for the calibration.
+        BadInput: They cannot be had, or do not suffice for the calibration.
     """
     digest = hashlib.sha256()
     for name, series in scores(config).items():
@@ -74,6 +74,11 @@ def data_hash(config: Config) -> str:
                 f"{config.source.name}: the series {name} has {len(series)} events, no more than "
                 f"source.calibration = {config.source.calibration}: lower that or source.block"
             )
+        for detector in config.detectors.values():
+            try:
+                detector.build().calibrate(series[: config.source.calibration])  # type: ignore[attr-defined]
+            except ValueError as error:
+                raise BadInput(f"{config.source.name}: the series {name}: {error}") from None
         digest.update(name.encode() + series.tobytes())
     return digest.hexdigest()
 
