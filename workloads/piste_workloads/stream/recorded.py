@@ -123,7 +123,7 @@ def _elec2(folder: str | None) -> dict[str, Array]:
 
 
 def _nab(folder: str | None) -> dict[str, Array]:
-    named = {}
+    named: dict[str, Path] = {}
     for place in _places(folder):
         root = place / "nab"
         named |= {path.relative_to(root).with_suffix("").as_posix(): path for path in root.rglob("*.csv")}
