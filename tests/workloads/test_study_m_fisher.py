@@ -30,7 +30,7 @@ def run_of(**metrics: float) -> RunResult:
 class PaperLab:
     """Answers with constructed runs: `late` and `null` by recipe, whatever else is asked."""
 
-    scale = m_fisher.Scale(100, 1000, 2, 10, 100, 50, 40)
+    scale = m_fisher.Scale(100, 1000, 2, 10, 100, 50, 40, 1, 1)
 
     def __init__(self, late: Mapping[str, float], null: Mapping[str, float]) -> None:
         self._metrics = {"stream-late": dict(late), "stream-null": dict(null)}
@@ -109,7 +109,7 @@ def test_runs_leave_what_the_claims_ask_for(monkeypatch: pytest.MonkeyPatch, tmp
     few = {name: peers.PEERS[name] for name in ("cusum", "adwin")}
     monkeypatch.setattr(m_fisher, "PEERS", few)
     monkeypatch.setattr(m_fisher, "LAWS", ("gamma",))
-    lab = Lab(m_fisher.Scale(4, 500, 1, 3, 3, 2, 2), local=True)
+    lab = Lab(m_fisher.Scale(4, 500, 1, 3, 3, 2, 2, 1, 1), local=True)
     assert 0.0 <= m_fisher.most_false_alarms("bootstrap")(lab).figure <= 1.0
     assert all(0.0 < ratio < 10.0 for ratio in m_fisher.against_the_bound("bootstrap", 1.0)(lab))
     assert all(0.0 < ratio < 1.0 for ratio in m_fisher.late_against("plain", 1.0)(lab))

@@ -51,6 +51,8 @@ class Scale(NamedTuple):
         peer_streams: With a shift, and without one, of each detector that is compared at our delay.
         slow_streams: The same of those that take a hundred times as long.
         slowest_streams: And a thousand times.
+        adapted_seeds: Of streams of corrupted images.
+        null_runs: Streams of images without a shift.
     """
 
     streams: int
@@ -60,11 +62,13 @@ class Scale(NamedTuple):
     peer_streams: int
     slow_streams: int
     slowest_streams: int
+    adapted_seeds: int
+    null_runs: int
 
 
 scales = {
-    "small": Scale(300, 10_000, 4, 50, 100, 10, 6),
-    "full": Scale(2000, 10_000, 10, 100, 1000, 100, 40),
+    "small": Scale(300, 10_000, 4, 50, 100, 10, 6, 3, 100),
+    "full": Scale(2000, 10_000, 10, 100, 1000, 100, 40, 5, 1000),
 }
 
 
