@@ -26,7 +26,8 @@ from piste.workload import Curve
 
 Lines = Mapping[str, Sequence[str]]  # by label, the runs of a line: one a seed
 
-SQUEEZED = 4.0  # times the part where lines end: a longer axis gets a second one beside it for that part
+FAR = 4.0  # times the middle line's distance from the best: an end as far is not among most of them
+SQUEEZED = 4.0  # times the part where most lines end: below a longer axis there is one for that part
 
 
 class Points(NamedTuple):
@@ -143,7 +144,7 @@ def figure(lines: Mapping[str, Points], curve: Curve, seeds: int = 1) -> Figure:
     order = sorted(range(len(labels)), key=lambda at: ends[labels[at]], reverse=curve.mode == "max")
     made.legend(
         [handles[at] for at in order],
-        [f"{labels[at]}: {cell(ends[labels[at]])}" for at in order],
+        [f"{labels[at]}: {ends[labels[at]]:.5g}" for at in order],
         loc="outside lower center",
         ncols=1 if max(map(len, labels)) > 40 else 3,
         frameon=False,
@@ -167,14 +168,20 @@ def _end(points: Points) -> float:
 def _ranges(
     lines: Mapping[str, Points], curve: Curve
 ) -> tuple[tuple[float, float], tuple[float, float] | None]:
-    """The range of all values, and that from the best to the middle end and as far again, if it is small."""
-    values = np.concatenate([np.concatenate([points.least, points.largest]) for points in lines.values()])
-    low, high = float(np.nanmin(values)), float(np.nanmax(values))
-    best, sign = (high, -1.0) if curve.mode == "max" else (low, 1.0)
-    far = best + sign * 2.0 * abs(float(np.median([_end(points) for points in lines.values()])) - best)
-    near = _with_room(min(best, far), max(best, far))
-    whole = _with_room(low, high)
-    return whole, near if whole[1] - whole[0] > SQUEEZED * (near[1] - near[0]) else None
+    """The range of all values; that of the ends, but for those far from the middle one, if it is small."""
+    low = min(float(np.nanmin(points.least)) for points in lines.values())
+    high = max(float(np.nanmax(points.largest)) for points in lines.values())
+    ends = np.array([_end(points) for points in lines.values()])
+    if curve.mode == "max":
+        best, top = max(float(np.nanmax(points.mean)) for points in lines.values()), high
+    else:
+        best, top = min(float(np.nanmin(points.mean)) for points in lines.values()), low
+    gaps = np.abs(ends - best)
+    reach = 1.5 * float(gaps.max(initial=0.0, where=gaps <= FAR * np.median(gaps)))
+    far = best - reach if curve.mode == "max" else best + reach
+    near, whole = _with_room(min(top, far), max(top, far)), _with_room(low, high)
+    small = whole[1] - whole[0] > SQUEEZED * (near[1] - near[0])
+    return whole, near if small and reach > 0.0 else None
 
 
 def _with_room(low: float, high: float) -> tuple[float, float]:

@@ -92,7 +92,7 @@ def test_seeds_are_one_line_of_their_mean_over_the_steps_that_all_have(
     assert (tmp_path / "new" / "curves.png").read_bytes().startswith(b"\x89PNG")
     (figure,) = drawn
     assert lines(figure) == {"rule": ([1.0, 2.0], [0.5, 1.0], [2.0, 4.0])}
-    left, right = figure.axes
+    left, right = figure.axes  # no second row for one line
     assert (left.get_xlabel(), right.get_xlabel()) == ("rounds", "seconds of training")
     assert figure.get_supylabel() == "score (points)"
     assert "2 seeds" in figure.get_suptitle()
