@@ -257,6 +257,21 @@ def test_rows_stay_distributions(name: str, dtype: torch.dtype) -> None:
     assert float(circuit.parameters()["emission"][2, :, 6].abs().max()) == 0.0
 
 
+@pytest.mark.parametrize("lr", [1.0, 100.0])
+def test_gradients_leave_normal_densities_finite(lr: float) -> None:
+    x = real_data(40, 6).float()
+    x[::5, 2] = math.nan
+    x[:, 4] = 1.0
+    circuit = hclt(x, 3, generator=generator(0))
+    rule = AdamCircuit(circuit, lr)
+    for start in range(30):
+        rule.step(x[start : start + 5])
+        mean, variance = circuit.parameters()["emission"].unbind(-1)
+        assert bool(torch.isfinite(mean).all())
+        assert bool((variance > 0).all() and torch.isfinite(variance).all())
+    assert not bool(circuit.log_likelihood(x).isnan().any())
+
+
 @pytest.mark.parametrize(
     "rule", [FullBatchEM, lambda c: MiniBatchEM(c, 0.5, 0.0), lambda c: Anemone(c, 0.5, pseudocount=0.0)]
 )

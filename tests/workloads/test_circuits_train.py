@@ -214,6 +214,9 @@ def test_splice_sites_are_told_from_decoys(run_of: RunOf) -> None:
     run = run_of(circuits, validate(Config, table, "test"))
     assert values(run, "test/accuracy")[-1] > 0.8  # guessing: 0.5
     assert (run.directory / "artifacts" / "tree.png").exists()
+    emission = state_of(run)["model"]["emission"]
+    assert not bool(emission[-1, :, 2:].any())  # the last variable is the label: 0 or 1
+    assert bool((emission[:-1] > 0).all())
 
 
 @pytest.mark.parametrize(

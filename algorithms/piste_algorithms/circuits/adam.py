@@ -24,7 +24,7 @@ from piste_algorithms._checks import check_betas, check_range
 from piste_algorithms.circuits.circuit import Circuit
 from piste_algorithms.circuits.rules import LearningRule
 from piste_algorithms.circuits.structure import Table
-from piste_algorithms.circuits.tables import MINIMUM_VARIANCE, mass
+from piste_algorithms.circuits.tables import MAXIMUM_VARIANCE, MINIMUM_VARIANCE, mass
 
 
 class AdamCircuit(LearningRule):
@@ -98,7 +98,8 @@ def _free(table: Table, parameters: Tensor) -> Tensor:
 
 def _bound(table: Table, free: Tensor) -> Tensor:
     if table.kind == "gaussian":
-        return torch.stack((free[..., 0], free[..., 1].exp().clamp_min(MINIMUM_VARIANCE)), -1)
+        variance = free[..., 1].exp().clamp(MINIMUM_VARIANCE, MAXIMUM_VARIANCE)
+        return torch.stack((free[..., 0], variance), -1)
     return free.softmax(-1)
 
 

@@ -23,6 +23,8 @@ from piste_algorithms.circuits.structure import Structure, Table, region_of
 
 # The least variance of a normal leaf: no row of data can make a density infinite.
 MINIMUM_VARIANCE = 1e-6
+# The largest one that gradients reach: a finite number in float32, and so are its moments.
+MAXIMUM_VARIANCE = 1e30
 
 
 def empty_table(table: Table, dtype: torch.dtype, device: torch.device | None = None) -> Tensor:

@@ -37,7 +37,10 @@ def build_circuit(config: Config, rows: Rows, seed: int) -> Circuit:
     try:
         if isinstance(config.model, File):
             return _of_file(config.model.path, rows.encoding).to(dtype=_dtype(config))
-        return _random_circuit(config.model, rows, seed, _dtype(config))
+        circuit = _random_circuit(config.model, rows, seed, _dtype(config))
+        if rows.encoding.label:
+            _limit_label(circuit, rows.encoding)
+        return circuit
     except BadInput:
         raise
     except ValueError as error:
@@ -94,6 +97,18 @@ def _random_circuit(
         generator=generator,
         dtype=dtype,
     )
+
+
+def _limit_label(circuit: Circuit, encoding: Encoding) -> None:
+    """Takes from the label, where it has a table of its own, the categories that only the others have.
+
+    A parameter that is zero stays zero, so that no label is sampled that there is not.
+    """
+    emission = circuit.parameters()["emission"]
+    if emission.ndim == 3:
+        emission[-1, :, encoding.label :] = 0.0
+        emission[-1] /= emission[-1].sum(-1, keepdim=True)
+        circuit.set_parameters({"emission": emission})
 
 
 def load_circuit(path: Path, key: str) -> Circuit:
