@@ -182,6 +182,10 @@ def test_text_is_completed_where_it_has_gaps(keep: Keep, tmp_path: Path) -> None
     assert lines[0][:2] + lines[0][3:] == "abca b"  # what is no letter is a space
     assert "_" not in out.read_text()
     assert answer["imputed"] == 3
+    assert "upper case counts as lower case" in answer["note"]
+    assert answer["note"].endswith("such lines: 2")
+    path.write_text("ab_ca b\n", encoding="utf-8")
+    assert impute(CONFIG, keep(TEXT), str(path), str(out))["note"] == ""
 
 
 def test_samples_come_from_the_seed(circuit: Circuit, keep: Keep, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from piste.errors import BadInput
 from piste_workloads.circuits import fasta, tables
 from piste_workloads.circuits.rows import MISSING, Encoding
 from piste_workloads.circuits.spelling import spell, spell_sequence
-from piste_workloads.circuits.text import encode
+from piste_workloads.circuits.text import encode, normalised
 from piste_workloads.llm.tokens import Tokenizer
 
 FASTA = (".fa", ".fasta", ".fna", ".fa.gz", ".fasta.gz", ".fna.gz")
@@ -114,13 +114,17 @@ def _read_text(path: Path, encoding: Encoding, missing: str) -> Given:
         raise BadInput(
             f"missing = {missing!r}: use one character that is not in the circuit's alphabet, such as _"
         )
-    unknown = 0
+    known = encoding.alphabet + missing
+    unknown = changed = 0
     for number, line in enumerate(lines, start=1):
         if line:
-            found = encode(line, encoding.alphabet + missing, lower=encoding.lower)
+            found = encode(line, known, lower=encoding.lower)
             unknown += int((found < 0).sum())
+            changed += encoding.lower and normalised(line, known) != line
             sequences[f"line {number}"] = np.where(found == len(encoding.alphabet), MISSING, found)
     note = f"characters outside the alphabet count as missing: {unknown}" if unknown else ""
+    if changed:
+        note = f"upper case counts as lower case, all else than letters as one space; such lines: {changed}"
     return _windows(sequences, encoding, note, path)
 
 

@@ -33,7 +33,7 @@ def open_text(section: Text) -> Rows:
         parts, encoding = _tokens(section, held_out, share)
     else:
         text = read_text(section)
-        train, rest = split_text(_normalised(text) if section.units == "letters" else text, held_out)
+        train, rest = split_text(normalised(text) if section.units == "letters" else text, held_out)
         valid, test = split_text(rest, share)
         alphabet = LETTERS if section.units == "letters" else "".join(sorted(set(train)))
         if len(alphabet) < 2:
@@ -66,7 +66,7 @@ def _tokens(section: Text, held_out: float, share: float) -> tuple[dict[str, NDA
     return parts, encoding
 
 
-def _normalised(text: str, known: str = LETTERS) -> str:
+def normalised(text: str, known: str = LETTERS) -> str:
     """Lower case; a run of spaces and of anything that is not known is one space."""
     return re.sub(f"[^{re.escape(known.replace(' ', ''))}]+", " ", text.lower())
 
@@ -80,7 +80,7 @@ def encode(text: str, alphabet: str, lower: bool = False) -> NDArray[np.int64]:
         lower: Bring the text into the alphabet of letters first.
     """
     points = np.frombuffer(
-        (_normalised(text, alphabet) if lower else text).encode("utf-32-le"), dtype=np.uint32
+        (normalised(text, alphabet) if lower else text).encode("utf-32-le"), dtype=np.uint32
     )
     known = np.frombuffer(alphabet.encode("utf-32-le"), dtype=np.uint32)
     order = np.argsort(known)
