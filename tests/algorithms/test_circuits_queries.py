@@ -241,7 +241,13 @@ def test_the_tree_of_a_chain_is_the_chain_rooted_in_its_middle() -> None:
     assert chow_liu_tree(x) == [1, 2, 3, -1, 3, 4, 5]
     binned = x * 8 + torch.randint(8, x.shape, generator=draw)
     assert chow_liu_tree(binned, 16, bins=2) == [1, 2, 3, -1, 3, 4, 5]
-    assert hclt(x, 2).structure.description["parents"] == [1, 2, 3, -1, 3, 4, 5]
+    learned, information = hclt(x, 2).structure.description, mutual_information(x)
+    assert learned["parents"] == [1, 2, 3, -1, 3, 4, 5]
+    edges = [float(information[child, parent]) for child, parent in enumerate(learned["parents"])]
+    assert learned["information"] == [*edges[:3], 0.0, *edges[4:]]
+    boxes = pdhclt(x[:, :6], (6,), 2, split=3).structure.description
+    for child, parent in enumerate(boxes["parents"]):
+        assert boxes["information"][child] == (float(information[child, parent]) if parent >= 0 else 0.0)
 
 
 def test_grids_have_the_boxes_of_their_cuts() -> None:

@@ -24,6 +24,8 @@ from piste_workloads import circuits
 from piste_workloads.circuits import Config, prepare_data
 from piste_workloads.circuits.building import build_circuit
 from piste_workloads.circuits.data import open_rows
+from piste_workloads.circuits.pictures import tree
+from piste_workloads.circuits.rows import Encoding
 from piste_workloads.circuits.train import answering, restored
 
 RULES = ["full-batch-em", "mini-batch-em", "online-em", "anemone", "adam"]
@@ -232,6 +234,14 @@ def test_images_are_drawn_and_completed(model: dict[str, Any], run_of: RunOf) ->
     kept = {path.name for path in (run.directory / "artifacts").iterdir()}
     wanted = {"log-likelihood.png", "samples.png", "in-painting.png", "data.json"}
     assert kept - {"log.txt"} == wanted | ({"tree.png"} if model["name"] != "pd" else set())
+
+
+@pytest.mark.parametrize("information", [None, [0.0, 0.0], [0.0, 0.5]])
+def test_a_tree_is_drawn_whatever_its_edges_tell(information: list[float] | None, tmp_path: Path) -> None:
+    figure = tree([-1, 0], Encoding("numbers", 2, (2,)), information)
+    figure.savefig(tmp_path / "tree.png")
+    assert len(figure.axes) == (1 if information is None else 2)  # the second is the scale
+    tree([-1], Encoding("numbers", 2, (1,)), [0.0]).savefig(tmp_path / "alone.png")
 
 
 def test_a_run_goes_on_from_a_file(config_of: ConfigOf, run_of: RunOf, tmp_path: Path) -> None:

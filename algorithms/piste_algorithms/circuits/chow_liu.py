@@ -10,6 +10,8 @@ it can be. Source: Chow and Liu, "Approximating discrete probability distributio
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -89,6 +91,11 @@ def spanning_tree(weights: Tensor) -> list[int]:
         path.append(back[path[-1]])
     _, parents = _farthest(neighbours, path[len(path) // 2])
     return parents
+
+
+def of_edges(information: Tensor, parents: Sequence[int]) -> list[float]:
+    """The information between each vertex and its parent in nats, 0 for a root."""
+    return [float(information[child, parent]) if parent >= 0 else 0.0 for child, parent in enumerate(parents)]
 
 
 def check_data(data: Tensor, num_categories: int | None) -> int | None:

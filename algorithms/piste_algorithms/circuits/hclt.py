@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from piste_algorithms._checks import check_integer, check_range
-from piste_algorithms.circuits.chow_liu import check_data, chow_liu_tree
+from piste_algorithms.circuits.chow_liu import check_data, mutual_information, of_edges, spanning_tree
 from piste_algorithms.circuits.circuit import Circuit
 from piste_algorithms.circuits.structure import Leaf, Product, Region, Structure, Sum, Table
 from piste_algorithms.circuits.tables import MINIMUM_VARIANCE, random_table
@@ -43,14 +43,16 @@ def hclt(
     Returns:
         A circuit with the tables `initial` (num_latents,), `transition` (variables - 1, num_latents,
         num_latents), a matrix an edge, and `emission` (variables, num_latents, num_categories) or (variables,
-        num_latents, 2); `structure.description["parents"]` is the tree.
+        num_latents, 2); `structure.description["parents"]` is the tree, `["information"]` that of each
+        variable and its parent, in nats.
 
     Raises:
         ValueError: if an argument is outside its range.
     """
     check_integer("num_latents", num_latents, low=1)
     count = check_data(data, num_categories)
-    parents = chow_liu_tree(data, num_categories, bins)
+    information = mutual_information(data, num_categories, bins)
+    parents = spanning_tree(information)
     regions: list[Region] = []
     (root,) = add_forest(regions, parents).values()
     regions.append(Sum((root,), "initial"))
@@ -58,7 +60,8 @@ def hclt(
         "initial": Table((num_latents,), "weights"),
         **forest_tables(parents, num_latents, count),
     }
-    structure = Structure(tuple(regions), tables, {"builder": "hclt", "parents": parents})
+    description = {"builder": "hclt", "parents": parents, "information": of_edges(information, parents)}
+    structure = Structure(tuple(regions), tables, description)
     return random_circuit(structure, generator, dtype, spread, data)
 
 

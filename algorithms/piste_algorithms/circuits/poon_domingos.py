@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from piste_algorithms._checks import check_integer
-from piste_algorithms.circuits.chow_liu import check_data, mutual_information, spanning_tree
+from piste_algorithms.circuits.chow_liu import check_data, mutual_information, of_edges, spanning_tree
 from piste_algorithms.circuits.circuit import Circuit
 from piste_algorithms.circuits.hclt import add_forest, forest_tables, random_circuit
 from piste_algorithms.circuits.structure import Leaf, Product, Region, Structure, Sum, Table
@@ -107,7 +107,7 @@ def pdhclt(
     Returns:
         A circuit with the tables of `pd`, `transition` (edges, num_latents, num_latents) of the trees, and
         `bottom` (trees, num_latents, num_latents), the weights of the trees' roots;
-        `structure.description["parents"]` is the forest.
+        `structure.description["parents"]` is the forest, `["information"]` as in `hclt`.
 
     Raises:
         ValueError: if an argument is outside its range.
@@ -119,12 +119,13 @@ def pdhclt(
         raise ValueError(
             f"data must have {math.prod(grid.shape)} columns for the shape {grid.shape}, got {data.shape[1]}"
         )
-    parents = [-1] * data.shape[1]
+    parents, edges = [-1] * data.shape[1], [0.0] * data.shape[1]
     for box in grid.smallest:
         cells = grid.cells(box)
         information = mutual_information(data[:, cells], count, bins)
-        for cell, parent in zip(cells, spanning_tree(information), strict=True):
-            parents[cell] = -1 if parent < 0 else cells[parent]
+        tree = spanning_tree(information)
+        for cell, parent, edge in zip(cells, tree, of_edges(information, tree), strict=True):
+            parents[cell], edges[cell] = -1 if parent < 0 else cells[parent], edge
     regions: list[Region] = []
     roots = add_forest(regions, parents)
     bottoms: dict[Box, int] = {}
@@ -136,7 +137,7 @@ def pdhclt(
         bottoms[boxes[root]] = len(regions) - 1
     tables["bottom"] = Table((len(roots), num_latents, num_latents), "weights")
     tables.update(grid.add_boxes(regions, bottoms))
-    description = {"builder": "pdhclt", "shape": list(grid.shape), "parents": parents}
+    description = {"builder": "pdhclt", "shape": list(grid.shape), "parents": parents, "information": edges}
     return random_circuit(Structure(tuple(regions), tables, description), generator, dtype, spread, data)
 
 

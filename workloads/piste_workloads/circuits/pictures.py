@@ -28,9 +28,9 @@ def draw(run: Run, config: Config, circuit: Circuit, rows: Rows, progress: Progr
     """Keeps the pictures and tables of a run that has ended."""
     series = {part: (progress.curve, f"{part}/log_likelihood") for part in ("train", "valid")}
     run.figure("log-likelihood", curves(series, config.rule.name), step)
-    if "parents" in circuit.structure.description:
-        parents = circuit.structure.description["parents"]
-        run.figure("tree", tree(parents, rows.encoding), step)
+    description = circuit.structure.description
+    if "parents" in description:
+        run.figure("tree", tree(description["parents"], rows.encoding, description.get("information")), step)
     if config.train.samples:
         _draw_samples(run, circuit, rows, config.train.samples, step)
 
@@ -133,12 +133,14 @@ def _shades(row: Tensor, encoding: Encoding) -> np.ndarray[Any, np.dtype[np.floa
     return shades.numpy()
 
 
-def tree(parents: Sequence[int], encoding: Encoding) -> Figure:
+def tree(parents: Sequence[int], encoding: Encoding, information: Sequence[float] | None = None) -> Figure:
     """The edges of a Chow-Liu tree or forest: between pixels, or as arcs over a line of variables.
 
     Args:
         parents: Of each variable; -1 for a root, which is red.
         encoding: Where the variables lie; the channels of an image lie in each other's places.
+        information: Of each variable and its parent, in nats: the paler an edge, the less; None: not known,
+            as of a circuit that an older version has saved.
     """
     from matplotlib.collections import LineCollection
     from matplotlib.figure import Figure
@@ -154,7 +156,12 @@ def tree(parents: Sequence[int], encoding: Encoding) -> Figure:
     else:
         lines = [_arc(places[child], places[parent]) for child, parent in edges]
         axes.set(xlabel="variable", yticks=[])
-    axes.add_collection(LineCollection(lines, linewidths=0.8, colors="tab:blue"))
+    drawn = LineCollection(lines, linewidths=0.8, colors="tab:blue")
+    if information is not None and edges:
+        drawn = LineCollection(lines, linewidths=1.0, cmap="YlGnBu", array=[information[c] for c, _ in edges])
+        drawn.set_clim(vmin=0.0)
+        figure.colorbar(drawn, ax=axes, label="mutual information (nats)", shrink=0.8)
+    axes.add_collection(drawn)
     axes.plot(*places.T, "k.", markersize=2)
     axes.plot(*places[[child for child, parent in enumerate(parents) if parent < 0]].T, "r.")
     axes.set_title("the learned tree; red: roots")
