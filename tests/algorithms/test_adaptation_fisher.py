@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.functional import hessian
 
 from piste_algorithms.adaptation import FisherPrompt, GradientPrompt
-from piste_algorithms.adaptation.fisher import fisher_factor, solve_damped
+from piste_algorithms.adaptation.fisher import fisher_factor, solve_factored
 
 
 @pytest.fixture(autouse=True)
@@ -81,7 +81,7 @@ def test_solving_leaves_directions_without_information_alone() -> None:
     rows[:, 3] = 0.0  # no information at all
     rows[:, 5] = rows[:, 4]  # none about the difference
     vector = rows.T @ torch.randn(40, generator=generator, dtype=torch.float64)
-    found = solve_damped(rows.T @ rows, vector)
+    found = solve_factored(rows, vector, np.finfo(np.float64).eps)
     expected = np.linalg.lstsq((rows.T @ rows).numpy(), vector.numpy(), rcond=1e-12)[0]
     np.testing.assert_allclose(found.numpy(), expected, rtol=1e-3, atol=1e-3)
     np.testing.assert_allclose((rows @ found).numpy(), rows.numpy() @ expected, rtol=1e-6, atol=1e-8)
@@ -275,12 +275,13 @@ def test_bad_arguments_are_named(task: Task) -> None:
         ({"damping": 0.0}, "damping must be"),
         ({"max_kl": math.nan}, "max_kl must be"),
         ({"curvature": "block"}, "curvature must be"),
+        ({"damped_by": "block"}, "damped_by must be one of 'even', 'predicted', 'identity'"),
         ({"draws": 0}, "draws must be"),
         ({"objective": "accuracy"}, "objective must be one of 'information_maximization'"),
     ):
         with pytest.raises(ValueError, match=message):
             FisherPrompt(task.model, prompt, **options)
-    with pytest.raises(ValueError, match=r"at most 4096 entries .*, got 5000"):
+    with pytest.raises(ValueError, match=r"at most 2048 entries .*, got 5000"):
         FisherPrompt(task.model, torch.zeros(5000))
     with pytest.raises(ValueError, match="prompt must be a floating-point tensor"):
         FisherPrompt(task.model, torch.zeros(3, dtype=torch.int64))

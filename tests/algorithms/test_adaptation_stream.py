@@ -54,7 +54,7 @@ def test_without_an_alarm_predictions_are_the_sources_to_the_last_bit(task: Task
             logits = stream.process(batch)
             if not stream.alarms:
                 assert torch.equal(logits, task.network(batch))
-                assert stream.last_step is None
+                assert stream.steps_taken == []
                 assert torch.equal(stream.adapter.prompt, torch.zeros(WIDTH, dtype=torch.float64))
         adapted += stream.adapted
     assert adapted <= most_successes(runs, 0.05)

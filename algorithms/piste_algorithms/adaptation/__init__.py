@@ -4,7 +4,12 @@ from piste_algorithms.adaptation.adapter import StepInfo
 from piste_algorithms.adaptation.adaptive_stream import AdaptiveStream
 from piste_algorithms.adaptation.fisher_prompt import FisherPrompt
 from piste_algorithms.adaptation.gradient_prompt import EntropyMatching, GradientPrompt, Tent
-from piste_algorithms.adaptation.prompts import AdditivePrompt, NormalizationPrompt, TokenPrompt
+from piste_algorithms.adaptation.prompts import (
+    AdditivePrompt,
+    NormalizationPrompt,
+    RewrittenPrompt,
+    TokenPrompt,
+)
 
 __all__ = [
     "AdaptiveStream",
@@ -13,6 +18,7 @@ __all__ = [
     "FisherPrompt",
     "GradientPrompt",
     "NormalizationPrompt",
+    "RewrittenPrompt",
     "StepInfo",
     "Tent",
     "TokenPrompt",

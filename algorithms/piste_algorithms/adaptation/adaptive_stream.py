@@ -23,7 +23,7 @@ class AdaptiveStream:
 
     Attributes:
         alarms: all alarms, in their order.
-        last_step: what the last step of adaptation did, or None before the first.
+        steps_taken: what the steps of adaptation to the last batch did; none where it was not adapted to.
         adapted: whether the prompt may differ from the first one.
 
     Args:
@@ -31,6 +31,7 @@ class AdaptiveStream:
         adapter: an adapter whose source is fitted.
         score: inputs `(batch, ...)` to scores `(batch,)`.
         steps: batches that are adapted to after an alarm, at least 1.
+        repeats: steps of the adapter on each of them, at least 1.
         return_after: events without an alarm, after the last step, upon which the first prompt is restored,
             at least 1; None: never.
 
@@ -45,18 +46,21 @@ class AdaptiveStream:
         score: Callable[[Tensor], Tensor],
         *,
         steps: int = 25,
+        repeats: int = 1,
         return_after: int | None = None,
     ) -> None:
         check_integer("steps", steps, low=1)
+        check_integer("repeats", repeats, low=1)
         if return_after is not None:
             check_integer("return_after", return_after, low=1)
         self.detector = detector
         self.adapter = adapter
         self.score = score
         self.steps = steps
+        self.repeats = repeats
         self.return_after = return_after
         self.alarms: list[Alarm] = []
-        self.last_step: StepInfo | None = None
+        self.steps_taken: list[StepInfo] = []
         self.adapted = False
         self._remaining = 0
         self._quiet = 0
@@ -75,13 +79,14 @@ class AdaptiveStream:
         """
         found = self.detector.update_many(self.score(batch))
         self.alarms.extend(found)
+        self.steps_taken = []
         if found:
             self._remaining = self.steps
         if self._remaining > 0:
             self._remaining -= 1
             self._quiet = 0
-            self.last_step = self.adapter.adapt(batch)
-            self.adapted = self.adapted or self.last_step.accepted
+            self.steps_taken = [self.adapter.adapt(batch) for _ in range(self.repeats)]
+            self.adapted = self.adapted or any(info.accepted for info in self.steps_taken)
         elif self.adapted and self.return_after is not None:
             self._quiet += len(batch)
             if self._quiet >= self.return_after:

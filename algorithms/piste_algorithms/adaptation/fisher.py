@@ -5,6 +5,9 @@
 It is the second derivative of the predictions' KL divergence, and it transforms with the prompt's
 coordinates. It is not the outer product of the loss's gradients (the "empirical Fisher"), which has neither
 property (Kunstner, Balles and Hennig, NeurIPS 2019, arXiv:1905.12558).
+
+With `1 / classes` in place of the first `p(y | x)`, labels are even. That matrix transforms alike, and it
+does not vanish where predictions are confident: it tells how far the logits move.
 """
 
 from __future__ import annotations
@@ -25,8 +28,9 @@ def fisher_factor(
     draws: int | None = None,
     generator: torch.Generator | None = None,
     chunk: int = 64,
+    even: bool = False,
 ) -> Tensor:
-    """Rows R with R^T R = F; exact, or with labels drawn from the predictions where classes are many.
+    """Rows R with R^T R = F; exact, or with labels drawn where classes are many.
 
     Args:
         model: `model(x, prompt) -> (batch, classes)` logits; inputs of a batch must not depend on one
@@ -36,6 +40,7 @@ def fisher_factor(
         draws: labels drawn for an input, unbiased; None: all classes, exact.
         generator: draws them, on the device of `x`.
         chunk: inputs at a time.
+        even: whether labels are even, in place of predicted.
 
     Returns:
         `(batch * classes, d)`, or `(batch * draws, d)`, float64.
@@ -50,14 +55,16 @@ def fisher_factor(
             slopes, log_probabilities = vmap(
                 jacrev(weighted, has_aux=True), in_dims=(None, 0), chunk_size=chunk
             )(prompt, x)
-        # sqrt(p(y | x) / batch) d log p(y | x)
-        roots = (0.5 * log_probabilities).exp() / len(x) ** 0.5
+        # sqrt(p(y | x) / batch) d log p(y | x), or with 1 / classes for p(y | x)
+        weights = torch.full_like(log_probabilities, log_probabilities.shape[-1] ** -0.5)
+        roots = (weights if even else (0.5 * log_probabilities).exp()) / len(x) ** 0.5
         rows: Tensor = roots.flatten()[:, None] * slopes.reshape(roots.numel(), -1)
         return rows.detach()
 
     with torch.no_grad():
         probabilities = model(x, prompt).double().softmax(-1)
-    labels = torch.multinomial(probabilities, draws, replacement=True, generator=generator)
+    chances = torch.ones_like(probabilities) if even else probabilities
+    labels = torch.multinomial(chances, draws, replacement=True, generator=generator)
 
     def drawn(theta: Tensor, one: Tensor, label: Tensor) -> Tensor:
         # An index by a mask, which vmap takes where it takes no lookup.
@@ -71,20 +78,28 @@ def fisher_factor(
     return scaled.detach()
 
 
-def solve_damped(matrix: Tensor, vector: Tensor) -> Tensor:
-    """Solve `matrix s = vector` for a positive semidefinite float64 matrix, `(d, d)`.
+def compressed(*factors: Tensor) -> Tensor:
+    """`(d, d)` or fewer rows R with R^T R the sum of those of factors `(rows, d)`."""
+    triangle: Tensor = torch.linalg.qr(torch.cat(factors), mode="r").R
+    return triangle
 
-    The matrix is scaled to a diagonal of ones. Directions without information, below ten times float64's rank
-    tolerance `d eps` there, are damped rather than amplified.
+
+def solve_factored(factor: Tensor, vector: Tensor, precision: float) -> Tensor:
+    """Solve `R^T R s = vector` by the singular values of R, whose condition is the root of that of R^T R.
+
+    Columns are scaled to length one. Directions without information, whose singular values are below ten
+    times the rank tolerance `d precision`, are left alone.
+
+    Args:
+        factor: R, `(rows, d)` float64.
+        vector: `(d,)` float64.
+        precision: the machine precision of what R was computed in.
     """
-    # D M D z = D g, s = D z, with D_ii = M_ii^(-1/2)
-    diagonal = matrix.diagonal()
-    scale = torch.where(diagonal > 0, diagonal.clamp_min(torch.finfo(matrix.dtype).tiny).rsqrt(), 0.0)
-    scaled = scale[:, None] * matrix * scale
-    identity = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
-    tolerance = 10 * len(matrix) * torch.finfo(matrix.dtype).eps
-    while True:
-        lower, failed = torch.linalg.cholesky_ex(scaled + tolerance * identity)
-        if not bool(failed):
-            return scale * torch.cholesky_solve((scale * vector)[:, None], lower)[:, 0]
-        tolerance *= 10  # rounding has made an eigenvalue negative; a diagonal of ones bounds this
+    lengths = factor.norm(dim=0)
+    scale = torch.where(lengths > 0, 1 / lengths, 0.0)
+    _, values, directions = torch.linalg.svd(factor * scale, full_matrices=False)
+    informed = values > 10 * factor.shape[1] * precision * values[0]
+    # R D = U S V^T, D R^T R D z = D g, s = D z:  s = D V S^-2 V^T D g
+    weights = torch.where(informed, 1 / values.square(), 0.0)
+    solution: Tensor = scale * (directions.T @ (weights * (directions @ (scale * vector))))
+    return solution

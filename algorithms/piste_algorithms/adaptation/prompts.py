@@ -1,12 +1,13 @@
 """What a prompt may be: three ways to make `model(x, prompt) -> logits` of a torch classifier.
 
 Each holds a frozen copy of the classifier in evaluation mode, so nothing but the prompt can change a
-prediction.
+prediction. `RewrittenPrompt` writes any of them in other coordinates.
 """
 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -15,7 +16,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
-from piste_algorithms._checks import check_integer
+from piste_algorithms._checks import check_integer, check_range
+from piste_algorithms.adaptation.adapter import PromptedModel
 
 NORMALIZATIONS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)  # _NormBase: batch and instance
 
@@ -115,6 +117,52 @@ class NormalizationPrompt(nn.Module):
         named = dict(zip(self.names, views, strict=True))
         logits: Tensor = functional_call(self.classifier, named, (x,))
         return logits
+
+
+class RewrittenPrompt(nn.Module):
+    """A prompt in other linear coordinates: `model(x, start + matrix coordinates)`.
+
+    The matrix is a random one whose singular values are evenly spaced in their logarithm, around 1.
+
+    Args:
+        model: `model(x, prompt) -> (batch, classes)` logits.
+        start: the prompt at which all coordinates are 0.
+        condition: the largest singular value over the smallest, at least 1.
+        generator: draws the matrix, on the device of `start`.
+
+    Raises:
+        ValueError: if `condition` is outside its range.
+    """
+
+    def __init__(
+        self, model: PromptedModel, start: Tensor, condition: float, generator: torch.Generator
+    ) -> None:
+        super().__init__()
+        check_range("condition", condition, low=1.0)
+        self.model = model
+        self.start = start.detach().clone()
+        size, dtype, device = start.numel(), start.dtype, start.device
+        left, right = (
+            torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=dtype, device=device))[0]
+            for _ in range(2)
+        )
+        half = math.log10(condition) / 2
+        values = torch.logspace(-half, half, size, dtype=dtype, device=device)
+        self.matrix = left @ torch.diag(values) @ right
+
+    def initial(self) -> Tensor:
+        """Zeros of the number of the prompt's entries: the prompt `start`."""
+        return torch.zeros_like(self.start).flatten()
+
+    def prompt(self, coordinates: Tensor) -> Tensor:
+        """The prompt that coordinates `(d,)` stand for."""
+        # start + A phi
+        moved: Tensor = self.start + (self.matrix @ coordinates).view_as(self.start)
+        return moved
+
+    def forward(self, x: Tensor, coordinates: Tensor) -> Tensor:
+        """Logits `(batch, classes)`."""
+        return self.model(x, self.prompt(coordinates))
 
 
 def _frozen(part: Part) -> Part:

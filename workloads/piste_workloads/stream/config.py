@@ -1,29 +1,26 @@
-"""What a run of the workload `stream` is told."""
+"""What a run of the workload `stream` is told; without adapters it is known without torch."""
 
 from __future__ import annotations
 
+import copy
 import inspect
 import sys
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
-from torch import nn
 
 from piste.config import Section
 from piste.errors import nearest
 from piste.shards import StreamRecipe
-from piste_algorithms.adaptation import (
-    EntropyMatching,
-    FisherPrompt,
-    GradientPrompt,
-    NormalizationPrompt,
-    Tent,
-)
-from piste_algorithms.adaptation.adapter import Adapter
 from piste_algorithms.martingales import ConformalDetector, Cusum, ShiftDetector, ShiryaevRoberts
 from piste_algorithms.martingales.detector import Detector
 from piste_workloads.stream.martingale_peers import Crepes, OnlineCp
 from piste_workloads.stream.river_peers import Adwin, Kswin, PageHinkley
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from piste_algorithms.adaptation.adapter import Adapter
 
 KINDS: dict[str, type[Any]] = {
     "shift": ShiftDetector,
@@ -98,11 +95,11 @@ class ImageSection(Section):
     width: int = Field(default=8, ge=1, description="channels of the network's first layer")
 
 
-ADAPTERS: dict[str, type[Any]] = {
-    "fisher": FisherPrompt,
-    "tent": Tent,
-    "entropy_matching": EntropyMatching,
-    "gradient": GradientPrompt,
+ADAPTERS = {
+    "fisher": "FisherPrompt",
+    "tent": "Tent",
+    "entropy_matching": "EntropyMatching",
+    "gradient": "GradientPrompt",
 }
 
 
@@ -124,33 +121,61 @@ class AdapterSection(BaseModel):
     """`[adapters.NAME]`: a kind of adapter of images and its keyword arguments.
 
     Kinds: `none`, and `fisher`, `tent`, `entropy_matching`, `gradient`, with the arguments of the classes
-    `FisherPrompt`, `Tent`, `EntropyMatching`, `GradientPrompt` of `piste_algorithms.adaptation`.
+    `FisherPrompt`, `Tent`, `EntropyMatching`, `GradientPrompt` of `piste_algorithms.adaptation`. With a
+    `condition` the same adapter runs beside itself in coordinates of that condition number, both in float64,
+    and the summary says how far apart they come.
     """
 
     model_config = ConfigDict(frozen=True, extra="allow")
     kind: str = "none"
+    prompt: Literal["normalization", "additive"] = Field(
+        default="normalization", description="gains and shifts of normalisation layers, or added to images"
+    )
+    repeats: int = Field(default=1, ge=1, description="steps on each batch that is adapted to")
+    condition: float | None = Field(default=None, ge=1.0, allow_inf_nan=False)
 
     @property
     def options(self) -> dict[str, Any]:
         """The keyword arguments (the extra keys)."""
         return dict(self.model_extra or {})
 
-    def build(self, network: nn.Module) -> Adapter | None:
-        """The adapter of a network's normalisation layers; None where it is left as it is.
+    def build(self, network: nn.Module, image: Tensor) -> Adapter | None:
+        """The adapter of a network for images like this one; None where it is left as it is.
 
         Raises:
             ValueError: There is no such kind, it takes no such argument, or not such a value.
         """
         if self.kind == "none" and not self.options:
+            if self.condition is not None:
+                raise ValueError("adapter 'none' has no prompt whose coordinates could have a condition")
             return None
-        _check_arguments("adapter", self.kind, ADAPTERS, self.options)
-        model = NormalizationPrompt(network)
-        built: Adapter = ADAPTERS[self.kind](model, model.initial(), **self.options)
-        return built
+        from piste_algorithms import adaptation
+
+        known = {kind: getattr(adaptation, name) for kind, name in ADAPTERS.items()}
+        _check_arguments("adapter", self.kind, known, self.options)
+        from piste_workloads.stream.coordinates import Twin
+
+        if self.condition is not None:
+            network, image = copy.deepcopy(network).double(), image.double()
+        if self.prompt == "additive":
+            model: Any = adaptation.AdditivePrompt(network)
+            start = model.initial(image[None])
+        else:
+            model = adaptation.NormalizationPrompt(network)
+            start = model.initial()
+
+        def make(prompted: Any, first: Tensor) -> Adapter:
+            made: Adapter = known[self.kind](prompted, first, **self.options)
+            return made
+
+        return make(model, start) if self.condition is None else Twin(model, start, make, self.condition)
 
     @model_validator(mode="after")
     def _can_be_built(self) -> Self:
-        self.build(nn.LayerNorm(1))
+        if self.kind != "none" or self.options or self.condition is not None:
+            import torch
+
+            self.build(torch.nn.LayerNorm(1), torch.zeros(1))
         return self
 
 

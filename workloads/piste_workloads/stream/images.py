@@ -35,8 +35,9 @@ from piste_workloads.data._cache import cached
 from piste_workloads.images.config import Model
 from piste_workloads.images.networks import build_network
 from piste_workloads.stream.config import Config
+from piste_workloads.stream.coordinates import Twin
 from piste_workloads.stream.processing import Saved, alarm_columns, log_statistic
-from piste_workloads.stream.summary import PHASES
+from piste_workloads.stream.tally import Tally
 
 
 @dataclass(frozen=True)
@@ -207,20 +208,26 @@ class Classified:
         shared = material(config)
         self._name, chosen = next(iter(config.detectors.items()))
         detector: Any = chosen.build()
-        score = FisherScore(_Monitored(shared.network), shared.reference, config.images.alpha)
-        adapter = list(config.adapters.values())[number].build(shared.network) or _Unadapted(shared.network)
+        score = FisherScore(Monitored(shared.network), shared.reference, config.images.alpha)
+        chosen_adapter = list(config.adapters.values())[number]
+        adapter = chosen_adapter.build(shared.network, shared.reference[0]) or _Unadapted(shared.network)
         if saved is None:
             detector.calibrate(score(shared.calibration))
             adapter.fit_source(shared.reference)
         section = config.images
         self._stream = AdaptiveStream(
-            detector, adapter, score, steps=section.steps, return_after=section.return_after
+            detector,
+            adapter,
+            score,
+            steps=section.steps,
+            repeats=chosen_adapter.repeats,
+            return_after=section.return_after,
         )
-        self._right, self._seen = dict.fromkeys(PHASES, 0), dict.fromkeys(PHASES, 0)
+        self._network = NormalizationPrompt(shared.network)  # as it is, for what adaptation changes
+        self._tally = Tally(None if saved is None else saved[1])
         if saved is not None:
             held = io.BytesIO(base64.b64decode(saved[1]["torch"]))
             self._stream.load_state_dict(torch.load(held, weights_only=True))
-            self._right, self._seen = dict(saved[1]["right"]), dict(saved[1]["seen"])
         self._parameters = detector.state_dict()["settings"]
 
     @property
@@ -239,12 +246,11 @@ class Classified:
         for first in range(0, len(events), self._config.images.batch):
             batch = events[first : first + self._config.images.batch]
             begun = self._stream.detector.sequence
-            hits = (self._stream.process(batch.x).argmax(-1) == batch.y).tolist()
-            right += sum(hits)
-            for place, hit in enumerate(hits):
-                at = phase(self._config, begun + place)
-                self._seen[at] += 1
-                self._right[at] += hit
+            phases = [phase(self._config, begun + place) for place in range(len(batch))]
+            logits = self._stream.process(batch.x)
+            self._tally.stepped(phases[-1], self._stream.steps_taken)
+            source = self._network(batch.x, self._network.initial())
+            right += self._tally.add(phases, logits, source, batch.y)
         alarms = [alarm_columns(self._name, self._parameters, a) for a in self._stream.alarms[had:]]
         return Taken(len(events), alarms, {"accuracy": right / len(events)})
 
@@ -253,14 +259,16 @@ class Classified:
         return {"adapter": type(self._stream.adapter).__name__}
 
     def state(self) -> dict[str, Any]:
-        """All of the state: tensors, as `torch.save` writes them, and how many were right."""
+        """All of the state: tensors, as `torch.save` writes them, and what became of the images."""
         held = io.BytesIO()
         torch.save(self._stream.state_dict(), held)
         text = base64.b64encode(held.getvalue()).decode()
-        return {"torch": text, "right": dict(self._right), "seen": dict(self._seen)}
+        adapter = self._stream.adapter
+        apart = {"differences": dict(adapter.differences)} if isinstance(adapter, Twin) else {}
+        return {"torch": text, **self._tally.state(), **apart}
 
 
-class _Monitored(nn.Module):
+class Monitored(nn.Module):
     """A classifier whose features, for the score, are what its last layer is given."""
 
     def __init__(self, network: nn.Module) -> None:

@@ -8,12 +8,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from piste_algorithms.martingales import expected_delay
+from piste_workloads.stream import tally
 from piste_workloads.stream.config import Config
 from piste_workloads.stream.recorded import RECORDED
 from piste_workloads.stream.simulated import samples
 
 SAMPLES = 100_000
-PHASES = ("before", "during", "after")  # of a corruption of images
 INDEPENDENT = ("gamma", "gaussian", "lognormal")
 
 
@@ -33,12 +33,17 @@ def summarize(
         shift, and where there is a shift, of the other streams, `detected/NAME`, the part with an alarm after
         it, and of their first such alarms `delay/NAME`, the mean number of shifted events until then,
         `delay_ratio/NAME`, that over log(2 / false_alarm_rate) / information gain, and `onset_error/NAME`,
-        the median distance of the estimated onset from the true one. Of images `accuracy_before/NAME`,
-        `accuracy_during/NAME` and `accuracy_after/NAME` of each stream.
+        the median distance of the estimated onset from the true one. Of images, of each stream,
+        `accuracy_before/NAME`, `accuracy_during/NAME` and `accuracy_after/NAME`, `ece_before/NAME` and so on,
+        the expected calibration error, `change/NAME`, the largest difference of a probability from the
+        unadapted classifier's, `updates_before/NAME`, the steps of adaptation before the corruption, and of
+        adapters with a condition `prompt_difference/NAME` and `prediction_difference/NAME` (see `Twin`).
     """
     images = config.source.name == "images"
     onset = config.source.onset if images or config.source.shift != 0.0 else math.inf
-    found: dict[str, float] = _accuracies(streams) if images else {}
+    found = dict[str, float]()
+    for stream in streams if images else ():
+        found |= tally.metrics(stream["name"], stream["state"])
     for name, section in config.detectors.items():
         if config.source.name in (*RECORDED, "metric"):
             found[f"alarmed/{name}"] = len({a["number"] for a in alarms if a["detector"] == name}) / len(
@@ -64,13 +69,4 @@ def summarize(
         if config.source.name in INDEPENDENT and hasattr(built := section.build(), "false_alarm_rate"):
             _, expected = expected_delay(*samples(config, SAMPLES), built.false_alarm_rate)
             found[f"delay_ratio/{name}"] = delay / expected
-    return found
-
-
-def _accuracies(streams: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """`accuracy_before/NAME`, `_during/` and `_after/` of each stream that has seen images then."""
-    found = dict[str, float]()
-    for stream in streams:
-        right, seen = stream["state"]["right"], stream["state"]["seen"]
-        found |= {f"accuracy_{p}/{stream['name']}": right[p] / seen[p] for p in PHASES if seen[p]}
     return found

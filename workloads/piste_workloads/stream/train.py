@@ -87,7 +87,8 @@ def train(config: Config, run: Run) -> None:
     """Follows all streams to their end, a batch a step.
 
     Logs `train/loss`, the mean over the streams of what the bets of the first detector have cost, minus its
-    log-wealth in nats, and at the end what `summarize` says.
+    log-wealth in nats, what streams say of themselves, by their events, and at the end what `summarize` says;
+    of images it draws how many are right as the stream goes on.
 
     Raises:
         BadInput: There are several workers, or the stream is a metric of a run.
@@ -117,6 +118,7 @@ def train(config: Config, run: Run) -> None:
                 raise BadInput(f"stream {names[number]}: {taken.failure}")
             counts[number] += taken.count
             alarms += [{"number": number, **alarm} for alarm in taken.alarms]
+            run.log({f"{key}/{names[number]}": v for key, v in (taken.metrics or {}).items()}, counts[number])
         run.log({"train/loss": -statistics.fmean(_first_wealth(p) for p in processors)}, step)
         stop = run.should_stop
         if stop or config.checkpoints.due(step, steps):
@@ -133,6 +135,10 @@ def train(config: Config, run: Run) -> None:
     metrics = {"stream/alarms": float(len(alarms))}
     metrics["stream/alarmed"] = float(len({alarm["number"] for alarm in alarms}))
     run.log(metrics | summarize(config, ends, alarms), steps)
+    if config.source.name == "images":
+        from piste_workloads.stream.pictures import adaptation
+
+        run.figure("adaptation", adaptation(config, ends, alarms), steps)
 
 
 def _wealth(processors: Sequence[Processor]) -> dict[str, torch.Tensor]:
