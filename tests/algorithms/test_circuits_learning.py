@@ -257,6 +257,22 @@ def test_rows_stay_distributions(name: str, dtype: torch.dtype) -> None:
     assert float(circuit.parameters()["emission"][2, :, 6].abs().max()) == 0.0
 
 
+@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_largest_values_leave_normal_densities_finite(name: str, dtype: torch.dtype) -> None:
+    x = real_data(24, 4).to(dtype)
+    circuit = hclt(x, 3, dtype=dtype, generator=generator(0))
+    rule = RULES[name](circuit)
+    x[::3, 1] = 0.99 * torch.finfo(dtype).max ** 0.4
+    x[1::3, 2] = -x[0, 1]
+    for _ in range(6):
+        for batch in (x[:8], x[8:]):
+            rule.step(batch)
+            assert all(bool(torch.isfinite(value).all()) for value in circuit.parameters().values())
+            assert bool((circuit.parameters()["emission"][..., 1] > 0).all())
+    assert not bool(circuit.log_likelihood(x).isnan().any())
+
+
 @pytest.mark.parametrize("lr", [1.0, 100.0])
 def test_gradients_leave_normal_densities_finite(lr: float) -> None:
     x = real_data(40, 6).float()

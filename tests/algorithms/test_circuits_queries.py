@@ -440,8 +440,10 @@ def test_data_are_checked() -> None:
         circuit.mpe(torch.zeros(1, 3))
     with pytest.raises(ValueError, match=r"x must be a tensor \(batch, 3\)"):
         circuit.log_likelihood(torch.zeros(1, 4, dtype=torch.int64))
-    with pytest.raises(ValueError, match=r"x\[0, 1\] .* must be finite, or missing, got inf"):
+    with pytest.raises(ValueError, match=r"x\[0, 1\] .* must be within 2.6e\+15 of 0, or missing, got inf"):
         real.log_likelihood(torch.tensor([[0.0, math.inf, 0.0]]))
+    with pytest.raises(ValueError, match=r"x\[0, 2\] .* got -1e\+17"):
+        real.flows(torch.tensor([[0.0, math.nan, -1e17]], dtype=torch.float64))
     with pytest.raises(ValueError, match=r"floating-point .* got torch.int64"):
         real.log_likelihood(torch.zeros(1, 3, dtype=torch.int64))
     assert circuit.log_likelihood(torch.zeros(1, 3, dtype=torch.uint8)).shape == (1,)

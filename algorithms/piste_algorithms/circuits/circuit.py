@@ -69,6 +69,8 @@ class Circuit:
         links = find_chain(structure)
         self._engine = Folded(structure, self.device) if links is None else Chain(structure, links)
         self._categories = torch.tensor(structure.categories, device=self.device)
+        # A real value's square, over the least variance and summed over a batch, is finite.
+        self._largest = torch.finfo(self.dtype).max ** 0.4
 
     @property
     def variables(self) -> int:
@@ -85,7 +87,8 @@ class Circuit:
             `(batch,)`, in the circuit's dtype; -inf where the probability is zero.
 
         Raises:
-            ValueError: if `x` is empty, of another shape or type, or holds a category outside the table.
+            ValueError: if `x` is empty, of another shape or type, or holds a category outside the table or a
+                real value whose square may overflow.
         """
         x = self._checked(x)
         rows = self._rows(len(x), self._engine.value_entries)
@@ -255,10 +258,13 @@ class Circuit:
             if not x.is_floating_point():
                 raise ValueError(f"x must be floating-point (NaN where missing), got {x.dtype}")
             discrete = (self._categories > 0) & ~x.isnan()
-            broken = discrete & ((x < 0) | (x >= self._categories) | (x != x.floor())) | x.isinf()
+            broken = discrete & ((x < 0) | (x >= self._categories) | (x != x.floor()))
+            broken |= x.abs() > self._largest
         if bool(broken.any()):
             row, column = torch.nonzero(broken)[0].tolist()
             count = self.structure.categories[column]
-            wants = f"a whole number from 0 to {count - 1}, or missing" if count else "finite, or missing"
-            raise ValueError(f"x[{row}, {column}] (row, column) must be {wants}, got {x[row, column].item()}")
+            wants = f"a whole number from 0 to {count - 1}" if count else f"within {self._largest:.2g} of 0"
+            raise ValueError(
+                f"x[{row}, {column}] (row, column) must be {wants}, or missing, got {x[row, column].item()}"
+            )
         return x
