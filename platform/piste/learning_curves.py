@@ -68,8 +68,9 @@ def _labels(methods: Mapping[str, Mapping[str, object]], members: Lines) -> dict
 
 def of_sweep(ledger: Ledger, trials: Iterable[TrialRecord], section: Sweep, path: Path) -> Path | None:
     """Draws the best cell of each group of a sweep, its seeds that finished."""
-    finished = [trial for trial in trials if comparison.counts(trial)]
-    found = comparison.groups(comparison.cells(finished, section.mode), section)
+    every = list(trials)
+    cells = [one for one in comparison.cells(every, section.mode) if one.n]
+    found = comparison.groups(cells, section)
     names, group = headings(list(section.entries)), comparison.group_key(section)
     searched = [
         k for k, e in section.entries.items() if k != group and (e.finite is None or len(e.finite) > 1)
@@ -79,7 +80,9 @@ def of_sweep(ledger: Ledger, trials: Iterable[TrialRecord], section: Sweep, path
     for name in (name for name in order if name in found):  # the same colours as in the other pictures
         best = found[name][0]
         settings = ", ".join(f"{names[k]} {cell(best.values[k])}" for k in searched if k in best.values)
-        lines[f"{name} {settings}".strip()] = [t.run_id for t in finished if t.cell == best.number]
+        lines[f"{name} {settings}".strip()] = [
+            t.run_id for t in every if t.cell == best.number and comparison.counts(t)
+        ]
     return draw(ledger, lines, path)
 
 
@@ -95,7 +98,7 @@ def draw(ledger: Ledger, lines: Lines, path: Path) -> Path | None:
     if not found:
         return None
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure(found, curve, max(map(len, lines.values()))).savefig(path, dpi=130)
+    figure(found, curve, [len(lines[label]) for label in found]).savefig(path, dpi=130)
     return path
 
 
@@ -112,13 +115,13 @@ def points_of(ledger: Ledger, runs: Sequence[str], curve: Curve) -> Points:
     )
 
 
-def figure(lines: Mapping[str, Points], curve: Curve, seeds: int = 1) -> Figure:
+def figure(lines: Mapping[str, Points], curve: Curve, runs: Sequence[int] = (1,)) -> Figure:
     """The picture of some lines; a second row shows the part where most of them end, where it is small.
 
     Args:
         lines: By label.
         curve: What the values are.
-        seeds: How many runs a line is the mean of, at most.
+        runs: How many runs each line is the mean of.
     """
     whole, near = _ranges(lines, curve)
     rows = [whole] if near is None else [whole, near]
@@ -137,8 +140,9 @@ def figure(lines: Mapping[str, Points], curve: Curve, seeds: int = 1) -> Figure:
     panels[-1, 0].xaxis.set_major_locator(MaxNLocator(8, integer=True))
     panels[-1, 1].set_xlabel("seconds of training")
     made.supylabel(curve.label, fontsize=10)
-    if seeds > 1:
-        made.suptitle(f"means of {seeds} seeds; pale: from their lowest to their highest", fontsize=10)
+    if max(runs) > 1:
+        count = str(max(runs)) if len(set(runs)) == 1 else f"{min(runs)} to {max(runs)}"
+        made.suptitle(f"means of {count} runs; pale: from their lowest to their highest", fontsize=10)
     handles, labels = panels[0, 0].get_legend_handles_labels()
     ends = {label: _end(points) for label, points in lines.items()}
     order = sorted(range(len(labels)), key=lambda at: ends[labels[at]], reverse=curve.mode == "max")

@@ -95,7 +95,7 @@ def test_seeds_are_one_line_of_their_mean_over_the_steps_that_all_have(
     left, right = figure.axes  # no second row for one line
     assert (left.get_xlabel(), right.get_xlabel()) == ("rounds", "seconds of training")
     assert figure.get_supylabel() == "score (points)"
-    assert "2 seeds" in figure.get_suptitle()
+    assert "means of 2 runs" in figure.get_suptitle()
     pale = left.collections[0].get_paths()[0].vertices
     assert {(x, y) for x, y in np.asarray(pale)} == {(1.0, 1.0), (1.0, 3.0), (2.0, 2.0), (2.0, 6.0)}
 
@@ -188,6 +188,10 @@ def test_a_sweep_has_the_best_cell_of_each_group(book: Book, tmp_path: Path, dra
         "anemone step_size 0.4": ([1.0, 2.0], [0.5, 1.0], [0.0, 6.0]),
         "adam": ([1.0, 2.0], [0.5, 1.0], [0.0, 3.5]),
     }
+    given_up = [*trials[:3], trials[3], trial(4, None, cell=2, seed=1, outcome="failed"), trials[5]]
+    learning_curves.of_sweep(cast(Ledger, book), given_up, given, path)  # the best seed is one that is left
+    assert "anemone step_size 0.1" in lines(drawn[1])
+    assert "means of 1 to 2 runs" in drawn[1].get_suptitle()
     assert learning_curves.of_sweep(cast(Ledger, book), trials[5:], given, tmp_path / "none.png") is None
 
 

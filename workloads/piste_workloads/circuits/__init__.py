@@ -21,7 +21,13 @@ __all__ = [
 
 verbs = {"score": score, "sample": sample, "impute": impute, "save": save}
 
-headline = ("valid/log_likelihood", "test/bits_per_dimension", "best/epoch", "time/epoch_cpu_s")
+headline = (
+    "valid/log_likelihood",
+    "test/bits_per_dimension",
+    "test/accuracy",
+    "best/epoch",
+    "time/epoch_cpu_s",
+)
 curve = Curve(
     "valid/log_likelihood", "validation log-likelihood (nats a row)", "epochs", "time/train_s", "max"
 )

@@ -166,7 +166,8 @@ class Learner:
             return self.rule.update()
         except ValueError as error:
             raise PisteError(
-                f"update {self.rule.updates + 1}: {error}: raise rule.pseudocount or train.batch"
+                f"update {self.rule.updates + 1}: {error}: raise rule.pseudocount or train.batch, "
+                "or begin with a circuit that has no zeros"
             ) from error
 
 
