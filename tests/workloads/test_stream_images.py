@@ -35,7 +35,7 @@ SMALL: dict[str, Any] = {
         "none": {"kind": "none"},
         "fisher": {"kind": "fisher"},
         "sgd": {"kind": "gradient", "optimizer": "sgd", "momentum": 0.5},
-        "tent": {"kind": "tent"},
+        "tent": {"kind": "tent", "prompt": "batch_statistics"},
         "matching": {"kind": "entropy_matching"},
     },
     "stream": {"batch": 50},

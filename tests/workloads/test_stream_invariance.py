@@ -149,6 +149,7 @@ def test_saved_twins_go_on_bit_for_bit() -> None:
     [
         ({"kind": "none", "condition": 10.0}, "adapter 'none' has no prompt whose coordinates"),
         ({"kind": "tent", "condition": 0.5}, "greater than or equal to 1"),
+        ({"kind": "fisher", "prompt": "batch_statistics"}, 'not prompt = "batch_statistics"'),
         ({"kind": "fisher", "repeats": 0}, "greater than or equal to 1"),
         ({"kind": "fisher", "damped_by": "nothing"}, "damped_by must be one of 'even', 'predicted'"),
     ],
@@ -213,7 +214,7 @@ def test_a_run_draws_its_accuracy(no_view: None, monkeypatch: pytest.MonkeyPatch
     assert set(lines) == {"none", "fisher", "first alarm"}
     first = {int(place): value for place, value in lines["none"]}
     assert list(first) == list(range(25, 401, 25))
-    assert first[100] == pytest.approx(shown[100])  # a point is the mean of at most 150 images before it
+    assert first[100] == pytest.approx(shown[100])  # a point is the mean of at most 200 images before it
     assert result.metrics["accuracy_before/none"] == shown[100]
     (band,) = axes.patches
     assert (band.get_x(), band.get_x() + band.get_width()) == (100.0, 400.0)  # type: ignore[attr-defined]

@@ -128,8 +128,10 @@ class AdapterSection(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="allow")
     kind: str = "none"
-    prompt: Literal["normalization", "additive"] = Field(
-        default="normalization", description="gains and shifts of normalisation layers, or added to images"
+    prompt: Literal["normalization", "batch_statistics", "additive"] = Field(
+        default="normalization",
+        description="gains and shifts of normalisation layers, which from the first step on may normalise "
+        "by each batch's own statistics, or added to images",
     )
     repeats: int = Field(default=1, ge=1, description="steps on each batch that is adapted to")
     condition: float | None = Field(default=None, ge=1.0, allow_inf_nan=False)
@@ -153,8 +155,17 @@ class AdapterSection(BaseModel):
 
         known = {kind: getattr(adaptation, name) for kind, name in ADAPTERS.items()}
         _check_arguments("adapter", self.kind, known, self.options)
+        from piste_workloads.stream.batch_statistics import OnceAdapted
         from piste_workloads.stream.coordinates import Twin
 
+        if self.prompt == "batch_statistics":
+            if self.kind == "fisher" or self.condition is not None:
+                raise ValueError(
+                    "a Fisher prompt, or one in other coordinates, needs predictions that do not depend on "
+                    'the rest of their batch: not prompt = "batch_statistics"'
+                )
+            own = adaptation.NormalizationPrompt(network, batch_statistics=True)
+            return OnceAdapted(network, known[self.kind](own, own.initial(), **self.options))
         if self.condition is not None:
             network, image = copy.deepcopy(network).double(), image.double()
         if self.prompt == "additive":

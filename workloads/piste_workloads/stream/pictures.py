@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-WINDOW = 150  # images that a point is the mean of; single batches jump by a tenth
+WINDOW = 200  # images that a point is the mean of; single batches jump by a tenth
 
 
 def adaptation(
@@ -45,7 +45,7 @@ def draw(
     corrupted: tuple[int, int],
     alarms: Sequence[int],
 ) -> None:
-    """The lines of some adapters, each the mean of the batches that end in the last 150 images.
+    """The lines of some adapters, each the mean of the batches that end in the last 200 images.
 
     Args:
         axes: Where.
