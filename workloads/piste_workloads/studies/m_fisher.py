@@ -23,6 +23,7 @@ from piste.home import home
 from piste.studies import Claim, Lab
 from piste.verdicts import Estimate, Outcome
 from piste_workloads.studies import _m_fisher_pictures as pictures_of
+from piste_workloads.studies._m_fisher_adaptation import adaptation_claims
 from piste_workloads.studies._m_fisher_peers import OUR_LEVELS, PEERS, compared
 from piste_workloads.studies._m_fisher_streams import (
     AT_RATES,
@@ -349,4 +350,5 @@ claims = (
         paper_figure=0.967,
         note="The same after 1,000 events.",
     ),
+    *adaptation_claims(),
 )
