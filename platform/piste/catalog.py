@@ -1,10 +1,11 @@
 """Names to members, lazily.
 
 A member is a file: `optimizers/reg.py` is the optimizer `reg`, `llm/` the workload `llm`,
-`recipes/llm-reg.toml` the recipe `llm-reg`. Packages are scanned as files and their docstrings read
-with `ast`; nothing is imported until a member is asked for. A third party's package joins through an
-entry point of the group `piste.members` that names the package, with `optimizers`, `workloads`,
-`recipes` and `studies` inside; a dotted path (`my_project.losses`) works without one.
+`recipes/llm-reg.toml` the recipe `llm-reg`, `studies/m_fisher.py` the study `m-fisher`. Packages are
+scanned as files and their docstrings read with `ast`; nothing is imported until a member is asked for.
+A third party's package joins through an entry point of the group `piste.members` that names the
+package, with `optimizers`, `workloads`, `recipes` and `studies` inside; a dotted path
+(`my_project.losses`) works without one.
 """
 
 from __future__ import annotations
@@ -182,16 +183,17 @@ def _modules(package: str, kind: str) -> Iterator[Member]:
             path = Path(folder) / (f"{info.name}/__init__.py" if info.ispkg else f"{info.name}.py")
             if info.name.startswith("_") or not path.exists():
                 continue
+            name = info.name.replace("_", "-") if kind == "studies" else info.name
             try:
                 tree = ast.parse(path.read_bytes())
             except SyntaxError as error:  # one broken file must not hide the others
                 summary = f"cannot be parsed: {error.msg} (line {error.lineno})"
-                yield Member(info.name, f"{home}.{info.name}", path, summary)
+                yield Member(name, f"{home}.{info.name}", path, summary)
                 continue
             if kind == "workloads" and "train" not in _bound(tree):
                 continue
             summary = (ast.get_docstring(tree) or "").partition("\n")[0]
-            yield Member(info.name, f"{home}.{info.name}", path, summary)
+            yield Member(name, f"{home}.{info.name}", path, summary)
 
 
 def _bound(tree: ast.Module) -> set[str]:

@@ -89,7 +89,7 @@ def _picture(lab: Lab) -> Path:
         axes.set_title(corruption, fontsize=10, loc="left")
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
-    path = home() / "studies" / "m_fisher-adaptation.png"
+    path = home() / "studies" / "m-fisher-adaptation.png"
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     return path

@@ -169,7 +169,7 @@ def fewest_false_alarms(lab: Lab) -> Estimate:
 
 
 def _keep(name: str, figure: Any) -> None:
-    path = home() / "studies" / f"m_fisher-{name}.png"
+    path = home() / "studies" / f"m-fisher-{name}.png"
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
 
@@ -315,7 +315,7 @@ claims = (
         "below",
         "inconclusive",
         fewest_false_alarms,
-        note="The picture m_fisher-false-alarms.png beside the verdicts shows all of them.",
+        note="The picture m-fisher-false-alarms.png beside the verdicts shows all of them.",
     ),
     Claim(
         "paper-false-alarms",
