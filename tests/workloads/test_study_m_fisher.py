@@ -89,7 +89,7 @@ def test_a_straight_line_has_an_r2_of_one(monkeypatch: pytest.MonkeyPatch, tmp_p
         metrics |= {f"delay_ratio/{name}": 2.0}
     monkeypatch.setattr(m_fisher, "shifted_at_once", lambda lab, shift: [run_of(**metrics)] * 2)
     assert m_fisher.linearity(0.5)(cast(Lab, None)) == pytest.approx([1.0, 1.0])
-    assert (tmp_path / "studies" / "m_fisher-delays.png").stat().st_size > 1000
+    assert (tmp_path / "studies" / "m-fisher-delays.png").stat().st_size > 1000
 
 
 @pytest.mark.parametrize("name", peers.PEERS)
@@ -115,7 +115,7 @@ def test_runs_leave_what_the_claims_ask_for(monkeypatch: pytest.MonkeyPatch, tmp
     assert all(0.0 < ratio < 1.0 for ratio in m_fisher.late_against("plain", 1.0)(lab))
     assert m_fisher.at_our_delay("adwin")(lab).high < 1.0
     assert m_fisher.fewest_false_alarms(lab).low < 0.0
-    assert (tmp_path / "studies" / "m_fisher-false-alarms.png").stat().st_size > 1000
+    assert (tmp_path / "studies" / "m-fisher-false-alarms.png").stat().st_size > 1000
 
 
 def test_claims_are_told_apart_and_say_where_they_come_from() -> None:
