@@ -7,6 +7,7 @@ A workload of streams is a module with
     def open_source(config, numbers) -> Source      # where their events come from, replayable
     def open_processor(config, number, saved) -> Processor   # what one of them goes through
     def summarize(config, streams, alarms) -> dict  # what came of it, as metrics; optional
+    def figures(config, streams, alarms) -> dict    # and as pictures; optional
 
 A source reads from any sequence number, the same events every time. A shard drops what it has accounted for
 already, refuses what is not next, and hands a batch's effect to the ledger before it acknowledges it: states,

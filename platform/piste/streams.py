@@ -148,6 +148,9 @@ def _sum_up(ledger: Ledger, run_id: str, config: StreamRecipe, totals: Mapping[s
     if hasattr(module, "summarize"):
         metrics |= module.summarize(config, standing, alarms)
     view.log(metrics, last)
+    if hasattr(module, "figures"):
+        for name, figure in module.figures(config, standing, alarms).items():
+            view.figure(name, figure, last)
     names = {stream["number"]: stream["name"] for stream in standing}
     first = {(alarm["number"], alarm["detector"]): alarm for alarm in reversed(alarms)}
     if first:

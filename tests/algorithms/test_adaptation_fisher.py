@@ -275,7 +275,7 @@ def test_bad_arguments_are_named(task: Task) -> None:
         ({"damping": 0.0}, "damping must be"),
         ({"max_kl": math.nan}, "max_kl must be"),
         ({"curvature": "block"}, "curvature must be"),
-        ({"damped_by": "block"}, "damped_by must be one of 'even', 'predicted', 'identity'"),
+        ({"damped_by": "block"}, "damped_by must be one of 'predicted', 'even', 'identity'"),
         ({"draws": 0}, "draws must be"),
         ({"objective": "accuracy"}, "objective must be one of 'information_maximization'"),
     ):

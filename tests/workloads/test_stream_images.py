@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -113,6 +114,8 @@ def test_nothing_is_adapted_before_the_alarm_and_the_run_says_how_many_were_righ
         assert sum(50 * value for value in shown.values()) == pytest.approx(
             sum(n * value for n, value in zip((200, 150, 150), of_phase, strict=True))
         )
+    drawn = Path(ledger.run(run_id).directory) / "artifacts" / "adaptation.png"
+    assert drawn.stat().st_size > 1000
 
 
 def test_an_unadapted_stream_is_the_classifier_itself() -> None:

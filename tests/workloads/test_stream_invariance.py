@@ -41,7 +41,7 @@ TWINS: dict[str, Any] = {
     "detectors": {"shift": {"two_sided": True, "false_alarm_rate": 0.1, "smallest_shift": 0.3}},
     "adapters": {
         "fisher": FISHER,
-        "predicted": {"prompt": "additive", "kind": "fisher", "damped_by": "predicted", "condition": 1e4},
+        "even": {**FISHER, "damped_by": "even", "step_size": 1.0},
         "identity": {
             "prompt": "additive",
             "kind": "fisher",
@@ -103,7 +103,7 @@ def test_coordinates_have_the_condition_and_start_at_the_prompt() -> None:
         RewrittenPrompt(model, start, 0.5, torch.Generator())
 
 
-@pytest.mark.parametrize("name", ["fisher", "predicted"])
+@pytest.mark.parametrize("name", ["fisher", "even"])
 def test_a_fisher_prompt_is_the_same_in_other_coordinates(found: dict[str, float], name: str) -> None:
     assert 0.0 < found[f"prompt_difference/{name}"] <= 1e-3
     assert 0.0 < found[f"prediction_difference/{name}"] <= 1e-3
@@ -151,7 +151,7 @@ def test_saved_twins_go_on_bit_for_bit() -> None:
         ({"kind": "tent", "condition": 0.5}, "greater than or equal to 1"),
         ({"kind": "fisher", "prompt": "batch_statistics"}, 'not prompt = "batch_statistics"'),
         ({"kind": "fisher", "repeats": 0}, "greater than or equal to 1"),
-        ({"kind": "fisher", "damped_by": "nothing"}, "damped_by must be one of 'even', 'predicted'"),
+        ({"kind": "fisher", "damped_by": "nothing"}, "damped_by must be one of 'predicted', 'even'"),
     ],
 )
 def test_bad_adapters_are_refused_in_one_line(section: dict[str, Any], message: str) -> None:

@@ -13,8 +13,8 @@ that does not come about, theta stays as it is.
 
 where D is, of the source under the first prompt,
 
-    even        mean_x mean_y    (d log p(y | x)) (d log p(y | x))^T     labels are even
     predicted   mean_x sum_y p(y | x) (d log p(y | x)) (d log p(y | x))^T     its Fisher information
+    even        mean_x mean_y    (d log p(y | x)) (d log p(y | x))^T     labels are even
     identity    trace(F) / d I                                           of the batches, in fact
 
 Fisher information transforms with the prompt's coordinates, and so do the first two: steps are the same in
@@ -47,7 +47,7 @@ from piste_algorithms.adaptation.fisher import compressed, fisher_factor, solve_
 
 LARGEST_FULL = 2048
 MANY_CLASSES = 32
-DAMPINGS = ("even", "predicted", "identity")
+DAMPINGS = ("predicted", "even", "identity")
 _KEPT = 0.9  # of the running average of F
 _MAX_HALVINGS = 12
 _TOLERATED_RISE = 0.1  # of the loss
@@ -67,8 +67,8 @@ class FisherPrompt(Adapter):
         objective: `"information_maximization"`, `"entropy"` or `"entropy_matching"`.
         curvature: `"full"`, for prompts of at most 2,048 entries, or `"diagonal"`, which is cheaper and
             depends on the prompt's coordinates.
-        damped_by: `"even"`, `"predicted"` or `"identity"`; steps damped by the identity depend on the
-            prompt's coordinates.
+        damped_by: `"predicted"`, `"even"`, which takes a `step_size` of 1 and suits confident sources, or
+            `"identity"`, with which steps depend on the prompt's coordinates.
         draws: labels drawn for an input where there are more than 32 classes; with fewer the sum is exact.
         seed: of the generator that draws them.
 
@@ -80,13 +80,13 @@ class FisherPrompt(Adapter):
         self,
         model: PromptedModel,
         prompt: Tensor,
-        step_size: float = 1.0,
+        step_size: float = 0.5,
         damping: float = 1.0,
         max_kl: float = 0.05,
         objective: str = "information_maximization",
         *,
         curvature: str = "full",
-        damped_by: str = "even",
+        damped_by: str = "predicted",
         draws: int = 4,
         seed: int = 0,
     ) -> None:

@@ -2,10 +2,18 @@
 
 from piste_workloads.stream.config import Config
 from piste_workloads.stream.summary import summarize
-from piste_workloads.stream.train import open_processor, open_source, prepare_data, stream_names, train
+from piste_workloads.stream.train import (
+    figures,
+    open_processor,
+    open_source,
+    prepare_data,
+    stream_names,
+    train,
+)
 
 __all__ = [
     "Config",
+    "figures",
     "headline",
     "open_processor",
     "open_source",

@@ -7,7 +7,7 @@ imported where they are used: an actor that was killed is to be back soon.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from piste.errors import BadInput
@@ -22,6 +22,7 @@ from piste_workloads.stream.summary import summarize
 
 if TYPE_CHECKING:
     import torch
+    from matplotlib.figure import Figure
 
     from piste.workload import Run
 
@@ -135,10 +136,19 @@ def train(config: Config, run: Run) -> None:
     metrics = {"stream/alarms": float(len(alarms))}
     metrics["stream/alarmed"] = float(len({alarm["number"] for alarm in alarms}))
     run.log(metrics | summarize(config, ends, alarms), steps)
-    if config.source.name == "images":
-        from piste_workloads.stream.pictures import adaptation
+    for name, figure in figures(config, ends, alarms).items():
+        run.figure(name, figure, steps)
 
-        run.figure("adaptation", adaptation(config, ends, alarms), steps)
+
+def figures(
+    config: Config, streams: Sequence[Mapping[str, Any]], alarms: Sequence[Mapping[str, Any]]
+) -> Mapping[str, Figure]:
+    """The pictures of a whole run: of images, how many were right as the streams went on."""
+    if config.source.name != "images":
+        return {}
+    from piste_workloads.stream.pictures import adaptation
+
+    return {"adaptation": adaptation(config, streams, alarms)}
 
 
 def _wealth(processors: Sequence[Processor]) -> dict[str, torch.Tensor]:
