@@ -56,6 +56,11 @@ class StreamRecipe(Recipe, frozen=True):
         """The run and the metric that the one stream is, where it is one of the ledger's."""
         return None
 
+    @property
+    def until_alarm(self) -> bool:
+        """Whether such a metric is followed to its first alarm, not to the end of its run."""
+        return False
+
 
 Events = Any  # a sequence of events that can be sliced: an array, or a workload's own
 

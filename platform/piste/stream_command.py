@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from piste import running, streams, watching
-from piste.errors import BadInput, PisteError
+from piste.errors import PisteError
 from piste.ledger import Ledger, open_ledger
 from piste.run_command import exit_code, to_the_end
 from piste.stream_view import StreamLines, StreamView, alarm_table, summary_lines
@@ -38,9 +39,10 @@ def follow(ledger: Ledger, run_id: str, options: argparse.Namespace) -> int:
     """Follows planned or interrupted streams to their end and reports on them; returns the exit code."""
     try:
         result = to_the_end(ledger, run_id, options.local, observer_of(options), "stream")
-    except PisteError as error:
-        if not isinstance(error, BadInput):  # what came before it counts
-            report(ledger, run_id, options.json)
+    except PisteError:
+        with suppress(PisteError):  # the ledger's own failure has been said
+            if ledger.run(run_id).status == "failed":  # what came before it counts
+                report(ledger, run_id, options.json)
         raise
     report(ledger, run_id, options.json)
     return exit_code(result)

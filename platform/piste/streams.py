@@ -61,7 +61,11 @@ def changed(row: RunRow, config: Recipe) -> list[str]:
     The code may differ: a detector refuses a state that is not its own.
     """
     _, data = running.origin(config)
-    before, now = flatten(row.config), flatten(config.model_dump(mode="json"))
+    try:  # fields that came since have their defaults
+        known = running.resolve(row.config, row.id).model_dump(mode="json")
+    except BadInput:
+        known = row.config
+    before, now = flatten(known), flatten(config.model_dump(mode="json"))
     before, now = ({k: v for k, v in each.items() if not k.startswith(_FREE)} for each in (before, now))
     found = [
         f"{key} {before.get(key, 'unset')!r} -> {now.get(key, 'unset')!r}"

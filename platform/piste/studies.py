@@ -324,13 +324,15 @@ def study(
     lab = Lab(scales[chosen], local=local, fresh=fresh, observer=observer, sweep_observer=sweep_observer)
     try:
         verdicts = [_judge(claim, lab) for claim in module.claims]
+        kept = {"study": name, "scale": chosen, "created": time.time(), "verdicts": rows(verdicts)}
+        said = report(name, chosen, verdicts)
+        folder = home() / "studies"
+        keep(folder / f"{name}.json", json.dumps(kept, indent=1))
+        keep(folder / f"{name}.txt", said)
         drawn = _draw(name, getattr(module, "pictures", {}), lab)
+        keep(folder / f"{name}.txt", said + "".join(f"\n{line}" for line in drawn))
     finally:
         lab.close()
-    folder = home() / "studies"
-    kept = {"study": name, "scale": chosen, "created": time.time(), "verdicts": rows(verdicts)}
-    keep(folder / f"{name}.json", json.dumps(kept, indent=1))
-    keep(folder / f"{name}.txt", report(name, chosen, verdicts) + "".join(f"\n{line}" for line in drawn))
     return verdicts
 
 
@@ -344,7 +346,7 @@ def _draw(name: str, pictures: Mapping[str, Callable[[Lab], Lines]], lab: Lab) -
             found = {label: [run.id for run in runs] for label, runs in lines(lab).items()}
             drawn = learning_curves.draw(open_ledger(), found, path)
             said.append(f"Learning curves: {path.name}" if drawn else f"{path.name}: nothing to draw")
-        except PisteError as error:  # runs that failed; the claims that rest on them say so, too
+        except (PisteError, OSError) as error:  # runs that failed; the claims that rest on them say so, too
             said.append(f"{path.name}: not drawn: {error}")
     return [f"{line}\n" for line in said]
 

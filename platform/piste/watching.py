@@ -60,36 +60,41 @@ def follow(
         Whether it has ended early because it was to.
 
     Raises:
-        PisteError: The run has ended without that metric, or its driver is gone; what came before is kept.
+        PisteError: The run has ended without that metric, was interrupted, or has lost its driver; or an
+            event is refused. What came before is kept, and told.
     """
     assert config.watched is not None
     watched, key = config.watched
     shard = Shard(module, config, [0], ledger.streams, run_id, attempt)
     progress = shard.open()
     mark = seen = 0  # the last row of the metric that was read, and how many
-    until_alarm, alarmed = getattr(config, "until_alarm", False), False
+    alarmed = False
     while not progress.ended and not stop.is_set():
         lost = ledger.lost_driver(watched)  # before its status: a driver records the end, then it goes
         run = ledger.run(watched)  # before its rows: what then lacks is really absent
         taken = progress.position - seen  # by an earlier attempt, which may not have told of them
         rows = ledger.metrics_after(watched, mark, min(taken, PAGE) or config.stream.batch, key)
-        if until_alarm and alarmed and not taken:
+        if config.until_alarm and alarmed and not taken:
             progress = shard.take(seen, 1, {0: []})
         elif rows:
             if not taken:
-                progress = shard.take(seen, len(rows), {0: [number(row) for row in rows]})
+                try:
+                    progress = shard.take(seen, len(rows), {0: [number(row) for row in rows]})
+                except PisteError:
+                    _tell(ledger, run_id, config.watched, seen, rows)  # of what came before the failure
+                    raise
             alarmed |= _tell(ledger, run_id, config.watched, seen, rows)
             mark, seen = rows[-1].id, seen + len(rows)
+        elif run.status == "interrupted" or (lost is not None and run.status not in TERMINAL):
+            resume = f"resume {watched}" if run.sweep_id is None else f"sweep --resume {run.sweep_id}"
+            why = "was interrupted" if lost is None else f"has lost its driver ({lost})"
+            raise PisteError(
+                f"{watched} {why}: `piste {resume}` continues it, and then `piste resume {run_id}` this watch"
+            )
         elif run.status in TERMINAL:
             if seen == 0 and (lack := lacking(ledger, watched, key)) is not None:
                 raise PisteError(f"{watched} has ended without {lack}")
             progress = shard.take(seen, 1, {0: []})
-        elif lost is not None:
-            resume = f"resume {watched}" if run.sweep_id is None else f"sweep --resume {run.sweep_id}"
-            raise PisteError(
-                f"the driver of {watched} is gone ({lost}): `piste {resume}` continues it, and then "
-                f"`piste resume {run_id}` this watch"
-            )
         else:
             stop.wait(POLL_SECONDS)
     return not progress.ended
@@ -132,7 +137,10 @@ def show(ledger: Ledger, watched: str, view: Run) -> None:
         view: The run that has watched it.
     """
     row = ledger.run(watched)
-    if row.status not in TERMINAL or row.sweep_id is not None or not ledger.streams.alarms(view.id, limit=1):
+    if row.status not in TERMINAL or not ledger.streams.alarms(view.id, limit=1):
+        return
+    if row.sweep_id is not None:
+        view.note(f"MLflow may lack alarms of {watched}, which has ended in its sweep: the ledger has them")
         return
     uri = tracking_uri(row.config["tracking"]["uri"])
     relay = relay_process.RelayProcess(ledger.url, watched, uri, Path(view.directory) / "relay.log")

@@ -176,17 +176,18 @@ def test_the_measured_divergence_is_capped(task: Task, objective: str, curvature
         assert 0 < measured <= 0.01
 
 
-def test_many_classes_draw_labels_and_continue_bit_for_bit() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_many_classes_draw_labels_and_continue_bit_for_bit(dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
-    weights = torch.randn(10, 40, generator=generator, dtype=torch.float64)
+    weights = torch.randn(10, 40, generator=generator, dtype=dtype)
 
     def model(x: Tensor, prompt: Tensor) -> Tensor:
         return (x + prompt) @ weights
 
     def build() -> FisherPrompt:
-        return FisherPrompt(model, torch.zeros(10, dtype=torch.float64), seed=3)
+        return FisherPrompt(model, torch.zeros(10, dtype=dtype), seed=3)
 
-    batches = torch.randn(6, 20, 10, generator=generator, dtype=torch.float64)
+    batches = torch.randn(6, 20, 10, generator=generator, dtype=dtype)
     whole, before = build(), build()
     for adapter in (whole, before):
         adapter.fit_source(batches[0])
@@ -252,8 +253,14 @@ def test_nothing_to_gain_is_no_step(task: Task) -> None:
     adapter = FisherPrompt(lambda x, prompt: x[:, :4] + 0 * prompt.sum(), torch.zeros(3, dtype=torch.float64))
     adapter.fit_source(task.draw(30)[0])
     info = adapter.adapt(task.draw(30)[0])
-    assert info.accepted
+    assert not info.accepted
     assert torch.equal(adapter.prompt, torch.zeros(3, dtype=torch.float64))
+
+
+def test_a_source_without_finite_derivatives_is_refused() -> None:
+    adapter = FisherPrompt(lambda x, prompt: (x + prompt).abs().sqrt(), torch.zeros(3, dtype=torch.float64))
+    with pytest.raises(ValueError, match="finite derivatives"):
+        adapter.fit_source(torch.tensor([[1.0, 2.0, 0.0]], dtype=torch.float64))
 
 
 def test_reset_gives_the_first_prompt_and_the_first_step(task: Task) -> None:
@@ -285,6 +292,8 @@ def test_bad_arguments_are_named(task: Task) -> None:
         FisherPrompt(task.model, torch.zeros(5000))
     with pytest.raises(ValueError, match="prompt must be a floating-point tensor"):
         FisherPrompt(task.model, torch.zeros(3, dtype=torch.int64))
+    with pytest.raises(ValueError, match="prompt must be float32 or float64"):
+        FisherPrompt(task.model, torch.zeros(32, dtype=torch.bfloat16))
     with pytest.raises(ValueError, match="prompt must be finite"):
         FisherPrompt(task.model, torch.tensor([math.nan]))
     adapter = FisherPrompt(task.model, prompt)

@@ -49,7 +49,7 @@ class Memory(threading.Thread):
     """The largest sum of proportional set sizes of this process and Ray's workers, in GiB."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__(daemon=True)
         self.peak = self.workers = 0.0
         self._ended = threading.Event()
 

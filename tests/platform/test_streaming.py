@@ -302,6 +302,9 @@ def test_the_same_recipe_under_an_id_goes_on_and_another_is_refused(config: Conf
         update={"tracking": Tracking(experiment="x"), "resources": Resources(workers=2)}
     )
     assert streams.plan(ledger, "adding", moved, "mine") == "mine"
+    older = ledger.run("mine")  # planned before there was such a field
+    del older.config["stream"]["shown"]
+    assert streams.changed(older, config) == []
     follow(config, "mine")
     with pytest.raises(BadInput, match="has finished"):
         streams.plan(ledger, "adding", config, "mine")

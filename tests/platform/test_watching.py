@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -68,9 +68,11 @@ class InProgress:
         self._then(end)
 
 
-def watch(ledger: Ledger, stop: object, run_id: str, **source: str) -> bool:
-    fields = {"run": "training"} | source
-    config = running.load_recipe("stream-watch", {f"source.{key}": value for key, value in fields.items()})
+def watch(
+    ledger: Ledger, stop: object, run_id: str, fields: Mapping[str, Any] | None = None, **source: str
+) -> bool:
+    values = {f"source.{key}": value for key, value in ({"run": "training"} | source).items()}
+    config = running.load_recipe("stream-watch", values | dict(fields or {}))
     assert isinstance(config, StreamRecipe)
     if not ledger.has(run_id):
         streams.plan(ledger, "watch", config, run_id)
@@ -238,7 +240,7 @@ def test_a_watch_ends_where_the_driver_of_its_run_is_gone_and_goes_on_with_it(
     driver.stdin.close()
     os.waitid(os.P_PID, driver.pid, os.WEXITED | os.WNOWAIT)  # it is dead, and nobody has waited for it
     line = (
-        rf"^the driver of training is gone \({here}:{driver.pid}\): `piste resume training` continues it, "
+        rf"^training has lost its driver \({here}:{driver.pid}\): `piste resume training` continues it, "
         "and then `piste resume watch` this watch$"
     )
     with pytest.raises(PisteError, match=line):
@@ -250,6 +252,32 @@ def test_a_watch_ends_where_the_driver_of_its_run_is_gone_and_goes_on_with_it(
     ledger.set_status("training", "finished")
     assert not watch(ledger, InProgress(ledger, 1), "watch")
     check(ledger, "watch")
+
+
+def test_a_watch_of_an_interrupted_run_says_how_both_go_on(no_view: None, tmp_path: Path) -> None:
+    ledger = open_ledger()
+    begin(ledger, tmp_path)
+    log(ledger, 0, 270)
+    ledger.set_status("training", "interrupted")
+    with pytest.raises(PisteError, match=r"^training was interrupted: `piste resume training` continues it"):
+        watch(ledger, InProgress(ledger, 1), "watch")
+    log(ledger, 270, COUNT)
+    ledger.set_status("training", "finished")
+    assert not watch(ledger, InProgress(ledger, 1), "watch")
+    check(ledger, "watch")
+
+
+def test_alarms_before_an_event_that_is_refused_are_told(no_view: None, tmp_path: Path) -> None:
+    ledger = open_ledger()
+    begin(ledger, tmp_path)
+    log(ledger, 0, COUNT, np.append(LOSSES[:-1], math.nan))
+    ledger.set_status("training", "finished")
+    with pytest.raises(PisteError, match="its score is nan"):
+        watch(ledger, InProgress(ledger, 1), "watch", {"detectors.rise.non_finite": "raise"})
+    raised = ledger.streams.alarms("watch")
+    assert raised
+    told = [step for step, _ in ledger.history("training", "alarm/train/loss/watch/rise")]
+    assert told == [step_of(alarm.sequence) for alarm in raised]
 
 
 def test_a_run_that_a_sweep_has_lost_is_lost(no_view: None, tmp_path: Path) -> None:

@@ -208,13 +208,13 @@ def test_a_run_draws_its_accuracy(no_view: None, monkeypatch: pytest.MonkeyPatch
     ledger = open_ledger()
     result = running.execute(ledger, running.plan(ledger, "drawn", config), local=True)
     shown = dict(result.history("accuracy/none"))
-    assert list(shown) == [100, 200, 300, 400]
+    assert list(shown) == [1, 2, 3, 4]
     (axes,) = drawn["adaptation"].axes
     lines = {str(line.get_label()): np.asarray(line.get_xydata()) for line in axes.get_lines()}
     assert set(lines) == {"none", "fisher", "first alarm"}
     first = {int(place): value for place, value in lines["none"]}
     assert list(first) == list(range(25, 401, 25))
-    assert first[100] == pytest.approx(shown[100])  # a point is the mean of at most 200 images before it
-    assert result.metrics["accuracy_before/none"] == shown[100]
+    assert first[100] == pytest.approx(shown[1])  # a point is the mean of at most 200 images before it
+    assert result.metrics["accuracy_before/none"] == shown[1]
     (band,) = axes.patches
     assert (band.get_x(), band.get_x() + band.get_width()) == (100.0, 400.0)  # type: ignore[attr-defined]

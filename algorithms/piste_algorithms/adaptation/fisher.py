@@ -74,7 +74,7 @@ def fisher_factor(
     with sdpa_kernel(SDPBackend.MATH):
         slopes = vmap(jacrev(drawn), in_dims=(None, 0, 0), chunk_size=chunk)(prompt, x, marks)
     # sqrt(1 / (batch draws)) d log p(y | x)
-    scaled: Tensor = slopes.reshape(labels.numel(), -1) / labels.numel() ** 0.5
+    scaled: Tensor = slopes.double().reshape(labels.numel(), -1) / labels.numel() ** 0.5
     return scaled.detach()
 
 
@@ -82,6 +82,15 @@ def compressed(*factors: Tensor) -> Tensor:
     """`(d, d)` or fewer rows R with R^T R the sum of those of factors `(rows, d)`."""
     triangle: Tensor = torch.linalg.qr(torch.cat(factors), mode="r").R
     return triangle
+
+
+def informs(size: int, precision: float) -> bool:
+    """Whether any direction of a matrix of that size can be told from one without information."""
+    return _tolerance(size, precision) < 1.0
+
+
+def _tolerance(size: int, precision: float) -> float:
+    return 10 * size * precision
 
 
 def solve_factored(factor: Tensor, vector: Tensor, precision: float) -> Tensor:
@@ -98,7 +107,7 @@ def solve_factored(factor: Tensor, vector: Tensor, precision: float) -> Tensor:
     lengths = factor.norm(dim=0)
     scale = torch.where(lengths > 0, 1 / lengths, 0.0)
     _, values, directions = torch.linalg.svd(factor * scale, full_matrices=False)
-    informed = values > 10 * factor.shape[1] * precision * values[0]
+    informed = values > _tolerance(factor.shape[1], precision) * values[0]
     # R D = U S V^T, D R^T R D z = D g, s = D z:  s = D V S^-2 V^T D g
     weights = torch.where(informed, 1 / values.square(), 0.0)
     solution: Tensor = scale * (directions.T @ (weights * (directions @ (scale * vector))))

@@ -17,11 +17,11 @@ where D is, of the source under the first prompt,
     even        mean_x mean_y    (d log p(y | x)) (d log p(y | x))^T     labels are even
     identity    trace(F) / d I                                           of the batches, in fact
 
-Fisher information transforms with the prompt's coordinates, and so do the first two: steps are the same in
-any linear coordinates of the prompt. Damping by a multiple of the identity is not, nor is plain gradient
-descent. Where the source's predictions are confident its Fisher information almost vanishes; directions in
-which it does are hardly damped, the step goes far in them, and is halved to next to nothing. Even labels
-measure how far logits move, which does not vanish.
+Fisher information transforms with the prompt's coordinates, and so do the first two: where every direction of
+the prompt changes a prediction, steps are the same in any linear coordinates. Damping by a multiple of the
+identity is not, nor is plain gradient descent. Where the source's predictions are confident its Fisher
+information almost vanishes; directions in which it does are hardly damped, the step goes far in them, and is
+halved to next to nothing. Even labels measure how far logits move, which does not vanish.
 
 Directions that change no prediction at all are left alone, which no rule can do alike in all coordinates: so
 it is with the gains and shifts of two normalisation layers in a row, where a scale that the first gives the
@@ -43,7 +43,7 @@ from torch import Tensor
 
 from piste_algorithms._checks import check_integer, check_range
 from piste_algorithms.adaptation.adapter import Adapter, PromptedModel, StepInfo
-from piste_algorithms.adaptation.fisher import compressed, fisher_factor, solve_factored
+from piste_algorithms.adaptation.fisher import compressed, fisher_factor, informs, solve_factored
 
 LARGEST_FULL = 2048
 MANY_CLASSES = 32
@@ -105,6 +105,12 @@ class FisherPrompt(Adapter):
                 f"prompt must have at most {LARGEST_FULL} entries for full curvature, got {prompt.numel()}: "
                 'make it smaller or use curvature="diagonal"'
             )
+        precision = torch.finfo(prompt.dtype).eps
+        if curvature == "full" and not informs(prompt.numel(), precision):
+            raise ValueError(
+                f"prompt must be float32 or float64 for full curvature of {prompt.numel()} entries, got "
+                f"{prompt.dtype}"
+            )
         self.step_size = float(step_size)
         self.damping = float(damping)
         self.max_kl = float(max_kl)
@@ -123,10 +129,14 @@ class FisherPrompt(Adapter):
                 is at least the number of the prompt's entries.
 
         Raises:
-            ValueError: if `x` holds no input, or the model's logits are not finite on it.
+            ValueError: if `x` holds no input, or the model's logits or their derivatives are not finite on
+                it.
         """
         super().fit_source(x)
-        self._source = self._fisher(x, even=self.damped_by == "even")
+        source = self._fisher(x, even=self.damped_by == "even")
+        if not bool(torch.isfinite(source).all()):
+            raise ValueError("x must give logits with finite derivatives")
+        self._source = source
 
     def reset(self) -> None:
         """The first prompt again, and nothing remembered of the batches since."""
@@ -157,6 +167,8 @@ class FisherPrompt(Adapter):
         # s = (F + damping D)^-1 g
         damped = self._sum((1.0, self._average), (self.damping, self._damping_matrix(self._average)))
         direction = self._solve(damped, gradient.double().flatten())
+        if not bool(direction.any()):  # no direction changes a prediction
+            return StepInfo(False, loss, loss, 0.0, 0.0, 0)
         # c = min(step_size, sqrt(2 max_kl / (g^T s)))
         slope = float(gradient.double().flatten() @ direction)
         scale = min(self.step_size, (2 * self.max_kl / slope) ** 0.5) if slope > 0 else self.step_size

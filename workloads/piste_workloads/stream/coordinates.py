@@ -72,10 +72,9 @@ class Twin(Adapter):
 
     def reset(self) -> None:
         """The first prompt again, of both."""
-        if hasattr(self, "_plain"):  # the base's constructor has done with its own
-            self._plain.reset()
-            self._rewritten.reset()
-            self.prompt = self._plain.prompt
+        self._plain.reset()
+        self._rewritten.reset()
+        self.prompt = self._plain.prompt
 
     def state_dict(self) -> dict[str, Any]:
         """Both states, and how far they came apart."""

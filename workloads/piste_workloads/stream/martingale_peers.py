@@ -14,12 +14,12 @@ Source: Vovk, Gammerman and Shafer, "Algorithmic Learning in a Random World" (2n
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 from piste_algorithms._checks import check_integer, check_range
-from piste_algorithms.martingales.detector import Array, Scores, as_scores, check_choice
+from piste_algorithms.martingales.detector import Array, check_choice
 from piste_workloads.stream.peers import Numbers, Peer, imported
 
 
@@ -27,20 +27,33 @@ class PValuePeer(Peer):
     """A martingale of another package over conformal p-values, with an alarm at a wealth.
 
     Args:
-        settings: see `Detector`.
+        martingale: one of the class's `martingales`.
         threshold: the wealth, above 1.
         seed: of what decides between ties.
         non_finite: see `Detector`.
     """
 
     beginning = 0.0
+    module: ClassVar[str]
+    martingales: ClassVar[dict[str, str]]  # to what the package calls them
 
-    def __init__(self, settings: dict[str, Any], threshold: float, seed: int, non_finite: str) -> None:
+    def __init__(
+        self,
+        martingale: str = "simple_jumper",
+        threshold: float = 20.0,
+        seed: int = 0,
+        *,
+        non_finite: str = "skip",
+    ) -> None:
+        check_choice("martingale", martingale, tuple(self.martingales))
         check_range("threshold", threshold, low=1.0, low_open=True)
         check_integer("seed", seed, low=0)
-        super().__init__({**settings, "threshold": float(threshold), "seed": seed}, non_finite)
-        self._threshold, self._seed = float(threshold), seed
+        settings = {"martingale": martingale, "threshold": float(threshold), "seed": seed}
+        super().__init__(settings, non_finite)
+        self._name, self._threshold, self._seed = martingale, float(threshold), seed
+        self._made = getattr(imported(self.module), self.martingales[martingale])
         self._reference: Array = np.empty(0)
+        self._begin()
 
     @property
     def log_wealth(self) -> float:
@@ -51,18 +64,9 @@ class PValuePeer(Peer):
         """
         return self._statistic()
 
-    def calibrate(self, scores: Scores) -> None:
-        """Keeps what later scores are ranked among.
-
-        Args:
-            scores: `(n,)`, scores of the source.
-
-        Raises:
-            ValueError: One is not finite where the policy is to raise.
-        """
-        values = as_scores("scores", scores, finite=self._non_finite == "raise")
-        self._reference = np.sort(values[np.isfinite(values)])
-        self._calibrated(np.empty(0), np.empty(0))
+    def _take_source(self, scores: Array) -> None:
+        """What later scores are ranked among."""
+        self._reference = np.sort(scores)
 
     def _evidence(self, scores: Array) -> Array:
         n = len(self._reference)
@@ -95,39 +99,18 @@ class PValuePeer(Peer):
         raise NotImplementedError
 
 
-ONLINE_CP = {
-    "simple_jumper": "SimpleJumper",
-    "composite_jumper": "CompositeJumper",
-    "simple_mixture": "SimpleMixtureMartingale",
-}
-
-
 class OnlineCp(PValuePeer):
-    """A martingale of online-cp, event by event.
+    """A martingale of online-cp, event by event: see `PValuePeer`."""
 
-    Args:
-        martingale: `"simple_jumper"`, `"composite_jumper"` or `"simple_mixture"`, as the package has them.
-        threshold: see `PValuePeer`, as are the rest.
-        seed: see `PValuePeer`.
-        non_finite: see `Detector`.
-    """
-
-    def __init__(
-        self,
-        martingale: str = "simple_jumper",
-        threshold: float = 20.0,
-        seed: int = 0,
-        *,
-        non_finite: str = "skip",
-    ) -> None:
-        check_choice("martingale", martingale, tuple(ONLINE_CP))
-        super().__init__({"martingale": martingale}, threshold, seed, non_finite)
-        self._name = martingale
-        self._begin()
+    module = "online_cp.martingale"
+    martingales: ClassVar[dict[str, str]] = {
+        "simple_jumper": "SimpleJumper",
+        "composite_jumper": "CompositeJumper",
+        "simple_mixture": "SimpleMixtureMartingale",
+    }
 
     def _begin(self) -> None:
-        made = getattr(imported("online_cp.martingale"), ONLINE_CP[self._name])
-        self._martingale = made(store_p_values=False)
+        self._martingale = self._made(store_p_values=False)
 
     def _advance(self, evidence: Array, numbers: Numbers) -> tuple[int, int | None]:
         threshold, onset, taken = math.log(self._threshold), None, 0
@@ -170,36 +153,21 @@ class OnlineCp(PValuePeer):
         self._lowest, self._lowest_after = state["lowest"]
 
 
-CREPES = {"simple_jumper": "SimpleJumper", "sleeper_stayer": "SleeperStayer"}
-
-
 class Crepes(PValuePeer):
-    """A martingale of crepes.
+    """A martingale of crepes: see `PValuePeer`.
 
     The package computes one from its first p-value on, so that every batch computes all since the last alarm
     again, and the state holds these p-values: batches should be large.
-
-    Args:
-        martingale: `"simple_jumper"` or `"sleeper_stayer"`, as the package has them.
-        threshold: see `PValuePeer`, as are the rest.
-        seed: see `PValuePeer`.
-        non_finite: see `Detector`.
     """
 
-    def __init__(
-        self,
-        martingale: str = "simple_jumper",
-        threshold: float = 20.0,
-        seed: int = 0,
-        *,
-        non_finite: str = "skip",
-    ) -> None:
-        check_choice("martingale", martingale, tuple(CREPES))
-        super().__init__({"martingale": martingale}, threshold, seed, non_finite)
-        self._martingale = getattr(imported("crepes.martingales"), CREPES[martingale])()
-        self._begin()
+    module = "crepes.martingales"
+    martingales: ClassVar[dict[str, str]] = {
+        "simple_jumper": "SimpleJumper",
+        "sleeper_stayer": "SleeperStayer",
+    }
 
     def _begin(self) -> None:
+        self._martingale = self._made()
         self._p_values: list[float] = []
 
     def _advance(self, evidence: Array, numbers: Numbers) -> tuple[int, int | None]:

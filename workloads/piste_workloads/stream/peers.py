@@ -35,6 +35,24 @@ class Peer(Detector):
     def __init__(self, settings: dict[str, Any], non_finite: str) -> None:
         super().__init__(settings, _kernel.PLAIN, non_finite)  # no recursion of the kernel is used
 
+    def calibrate(self, scores: Scores) -> None:
+        """Takes scores of the source; the stream begins anew.
+
+        Args:
+            scores: `(n,)`.
+
+        Raises:
+            ValueError: They are too few, or one is not finite where the policy is to raise.
+        """
+        values = as_scores("scores", scores, finite=self._non_finite == "raise")
+        values = values[np.isfinite(values)]
+        if len(values) < self.calibration_points:
+            raise ValueError(
+                f"scores must hold at least {self.calibration_points} finite ones, got {len(values)}"
+            )
+        self._take_source(values)
+        self._calibrated(np.empty(0), np.empty(0))
+
     def update_many(self, scores: Scores) -> list[Alarm]:
         """See `Detector.update_many`."""
         self._statistic()  # calibrated
@@ -68,6 +86,10 @@ class Peer(Detector):
     def _restart(self, sequence: int) -> None:
         super()._restart(sequence)
         self._log_value = self.beginning
+
+    def _take_source(self, scores: Array) -> None:
+        """Learns from finite scores of the source."""
+        raise NotImplementedError
 
     def _advance(self, evidence: Array, numbers: Numbers) -> tuple[int, int | None]:
         """Takes events until an alarm or the end: how many, and the alarm's onset; sets `_log_value`."""

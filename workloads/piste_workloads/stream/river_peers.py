@@ -13,12 +13,11 @@ from __future__ import annotations
 
 import base64
 import math
+import sys
 from typing import Any
 
-import numpy as np
-
 from piste_algorithms._checks import check_integer, check_range
-from piste_algorithms.martingales.detector import Array, Scores, as_scores, check_choice
+from piste_algorithms.martingales.detector import Array, check_choice
 from piste_workloads.stream.peers import Numbers, Peer, imported
 
 
@@ -36,19 +35,10 @@ class RiverPeer(Peer):
         """
         return self._statistic()
 
-    def calibrate(self, scores: Scores) -> None:
-        """Takes the scores as the first events of the stream, without alarms.
-
-        Args:
-            scores: `(n,)`, scores of the source.
-
-        Raises:
-            ValueError: One is not finite where the policy is to raise.
-        """
-        values = as_scores("scores", scores, finite=self._non_finite == "raise")
+    def _take_source(self, scores: Array) -> None:
+        """The first events of the stream, without alarms."""
         self._detector = self._fresh()
-        self._warm_up(values[np.isfinite(values)])
-        self._calibrated(np.empty(0), np.empty(0))
+        self._warm_up(scores)
 
     def _warm_up(self, scores: Array) -> None:
         for score in scores.tolist():
@@ -262,7 +252,8 @@ class Kswin(RiverPeer):
 
     def _log_compared(self) -> float:
         tested = len(self._detector.window) == self._detector.window_size or self._detector.drift_detected
-        return -math.log(self._detector.p_value) if tested else -math.inf
+        # A p-value may underflow.
+        return -math.log(max(self._detector.p_value, sys.float_info.min)) if tested else -math.inf
 
     def _log_threshold(self, segment: int) -> float:
         return -math.log(self._options["alpha"])

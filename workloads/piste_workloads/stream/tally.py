@@ -63,7 +63,7 @@ class Tally:
         confidences = probabilities.amax(-1).nan_to_num(0.0).tolist()
         gaps = (probabilities - source.double().softmax(-1)).abs().nan_to_num(1.0)
         self._change = max(self._change, float(gaps.max()))
-        hits = (logits.argmax(-1) == labels).tolist()
+        hits = ((logits.argmax(-1) == labels) & ~logits.isnan().any(-1)).tolist()
         for name, hit, confidence in zip(phases, hits, confidences, strict=True):
             self.seen[name] += 1
             self.right[name] += hit

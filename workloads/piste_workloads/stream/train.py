@@ -45,14 +45,20 @@ def prepare_data(config: Config) -> str:
         The hash of the series, or of the images and the weights; nothing for simulated streams.
 
     Raises:
-        BadInput: They cannot be had, or are too few.
+        BadInput: They cannot be had, or are too few; or no such adapter can be made of the classifier.
     """
     if config.source.name == "metric" and not config.source.run:
         raise BadInput("source.run is missing: piste stream --watch RUN --metric KEY")
     if config.source.name == "images":
         from piste_workloads.stream.images import material
 
-        return material(config).sha256
+        shared = material(config)
+        for name, section in config.adapters.items():
+            try:
+                section.build(shared.network, shared.reference[0])
+            except ValueError as error:
+                raise BadInput(f"adapters.{name}: {error}") from error
+        return shared.sha256
     return recorded.data_hash(config) if config.source.name in RECORDED else ""
 
 
@@ -88,7 +94,7 @@ def train(config: Config, run: Run) -> None:
     """Follows all streams to their end, a batch a step.
 
     Logs `train/loss`, the mean over the streams of what the bets of the first detector have cost, minus its
-    log-wealth in nats, what streams say of themselves, by their events, and at the end what `summarize` says;
+    log-wealth in nats, what streams say of themselves, and at the end what `summarize` says;
     of images it draws how many are right as the stream goes on.
 
     Raises:
@@ -119,7 +125,7 @@ def train(config: Config, run: Run) -> None:
                 raise BadInput(f"stream {names[number]}: {taken.failure}")
             counts[number] += taken.count
             alarms += [{"number": number, **alarm} for alarm in taken.alarms]
-            run.log({f"{key}/{names[number]}": v for key, v in (taken.metrics or {}).items()}, counts[number])
+            run.log({f"{key}/{names[number]}": v for key, v in (taken.metrics or {}).items()}, step)
         run.log({"train/loss": -statistics.fmean(_first_wealth(p) for p in processors)}, step)
         stop = run.should_stop
         if stop or config.checkpoints.due(step, steps):

@@ -6,10 +6,18 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from piste.home import home
 from piste.verdicts import Estimate
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+
+def keep(name: str, figure: Figure) -> None:
+    """Writes a picture beside the study's verdicts."""
+    path = home() / "studies" / f"m-fisher-{name}.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
 
 
 def delays(lines: Mapping[str, tuple[Sequence[float], Sequence[float]]], factor: float) -> Figure:

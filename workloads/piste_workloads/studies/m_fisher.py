@@ -14,12 +14,11 @@ chosen by the delay on shifted streams is more than any detector can know of a s
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from scipy import stats
 
-from piste.home import home
 from piste.studies import Claim, Lab
 from piste.verdicts import Estimate, Outcome
 from piste_workloads.studies import _m_fisher_pictures as pictures_of
@@ -119,7 +118,7 @@ def linearity(shift: float) -> Callable[[Lab], list[float]]:
 
     def measure(lab: Lab) -> list[float]:
         lines = {f"shift of {each:g} standard deviations": _line(lab, each) for each in SHIFTS}
-        _keep("delays", pictures_of.delays(lines, 2.6))
+        pictures_of.keep("delays", pictures_of.delays(lines, 2.6))
         logs = np.log(2 / np.array(RATES))
         runs = shifted_at_once(lab, shift)
         return [
@@ -162,16 +161,10 @@ def fewest_false_alarms(lab: Lab) -> Estimate:
     levels = compared(lab, OUR_LEVELS)
     lines = {"ours, several levels": [levels.nearest, *levels.others]}
     lines |= {name: [each.nearest, *each.others] for name, each in found.items()}
-    _keep("false-alarms", pictures_of.false_alarms(lines, levels.ours.delay, LEVEL))
+    pictures_of.keep("false-alarms", pictures_of.false_alarms(lines, levels.ours.delay, LEVEL))
     best = min(found.values(), key=lambda each: each.nearest.false_alarms.high)
     ours, theirs = best.ours.false_alarms, best.nearest.false_alarms
     return Estimate(ours.figure - theirs.figure, ours.low - theirs.high, ours.high - theirs.low)
-
-
-def _keep(name: str, figure: Any) -> None:
-    path = home() / "studies" / f"m-fisher-{name}.png"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
 
 
 READING = "the paper's abstract; how it is measured is this project's"
@@ -303,9 +296,14 @@ claims = (
         "kswin",
         "river's KSWIN",
         "inconclusive",
-        "Few streams, as it is slow: 3 of 12 in a first run, whose interval begins at 5.5 %.",
+        "Recorded of the small scale: few streams, as it is slow.",
     ),
-    _peer_claim("online-cp", "online-cp's simple jumper", "inconclusive"),
+    _peer_claim(
+        "online-cp",
+        "online-cp's simple jumper",
+        "inconclusive",
+        "Recorded of the small scale: few streams, as it is slow.",
+    ),
     _peer_claim("crepes", "crepes' sleeper/stayer", "refuted"),
     Claim(
         "fewest-false-alarms",
