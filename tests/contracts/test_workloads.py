@@ -25,8 +25,8 @@ from piste.running import RunResult, difference, resolve
 from piste.workload import Run
 
 pytest_plugins = ["tests.platform.fixtures"]
-# Ray Train takes seconds to start: one of each kind in `make test`, all of them in `make test-slow`.
-QUICK_ON_RAY = {"llm", "quadratic"}
+# Ray Train takes seconds to start: one in `make test`, all of them in `make test-slow`.
+QUICK_ON_RAY = {"llm"}
 every_workload = pytest.mark.parametrize("name", list(catalog.members("workloads")))
 
 

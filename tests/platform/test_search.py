@@ -337,7 +337,7 @@ def test_choices_integers_and_pruned_cells_are_told_to_tpe_as_optuna_has_them() 
     assert found["z"] == pytest.approx(stats.norm(0, 2).ppf(trial.params["z"]), abs=1e-9)
 
 
-@pytest.mark.parametrize("mode", ["min", "max"])
+@pytest.mark.parametrize("mode", ["min", pytest.param("max", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("searcher", "cells", "seeds"), [("tpe", 64, 16), ("cmaes", 96, 8), ("gp", 20, 4)])
 def test_a_minimum_is_found_better_than_at_random(searcher: str, cells: int, seeds: int, mode: str) -> None:
     """At equal budgets, paired by seeds, the distance from the minimum is on average less than half.

@@ -327,7 +327,7 @@ seed = {{{{ repeats = 2 }}}}
 """
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("how", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
 def test_a_sweep_that_is_cut_off_is_resumed_to_the_same_trials(
     how: signal.Signals,
     shown_home: Path,
