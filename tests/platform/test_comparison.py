@@ -433,6 +433,7 @@ def test_importances_are_not_made_of_too_little() -> None:
 # -- size
 
 
+@pytest.mark.slow
 def test_the_cost_grows_with_the_trials_not_with_their_square() -> None:
     generator = np.random.default_rng(0)
     names, space = (

@@ -372,7 +372,7 @@ def test_a_poll_without_news_reads_no_trial(
 
 
 @pytest.mark.usefixtures("light")
-@pytest.mark.parametrize("repeats", [1, 8])
+@pytest.mark.parametrize("repeats", [1, pytest.param(8, marks=pytest.mark.slow)])
 def test_of_a_large_packed_sweep_the_best_are_runs_and_all_are_in_a_table(
     ledger: Ledger, store: Path, tmp_path: Path, repeats: int
 ) -> None:

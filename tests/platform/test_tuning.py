@@ -45,6 +45,7 @@ def histories(result: SweepResult) -> list[list[tuple[int, float]]]:
     return [open_ledger().history(t.run_id, "train/loss") for t in result.trials]
 
 
+@pytest.mark.slow
 def test_a_killed_trial_actor_is_replaced_and_the_trials_are_those_of_a_plain_loop(
     no_view: None, local_ray: None, tmp_path: Path
 ) -> None:

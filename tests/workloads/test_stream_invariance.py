@@ -182,6 +182,8 @@ def test_calibration_error_is_that_of_its_definition() -> None:
     assert said["change/a"] == 0.0
     assert "ece_before/a" not in said  # no image was seen then
     assert Tally(state).state() == tally.state()
+    with pytest.raises(BadInput, match="begun by an older piste: begin anew with another --name"):
+        Tally({"right": state["right"], "seen": state["seen"]})
 
 
 def test_changes_and_updates_are_counted() -> None:

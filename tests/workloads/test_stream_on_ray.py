@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from tests.workloads.killed_streams import follow_with_kills
 
 from piste.config import Resources, Tracking
@@ -12,6 +13,7 @@ from piste_workloads.stream.config import DetectorSection, Source
 pytest_plugins = ["tests.platform.fixtures"]
 
 
+@pytest.mark.slow
 def test_killed_actors_lose_nothing_and_count_nothing_twice(local_ray: None, no_view: None) -> None:
     config = Config(
         seed=3,

@@ -108,6 +108,7 @@ def test_every_setting_fits_the_recipes(scale: str, task: str, rule: str) -> Non
     assert config.workload == "circuits"
 
 
+@pytest.mark.slow
 def test_runs_leave_what_the_claims_ask_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("piste.relay_process.RelayProcess", NoRelay)
     text = tmp_path / "numbers.txt"

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from piste.errors import BadInput
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -28,6 +30,9 @@ class Tally:
 
     Args:
         saved: What `state` of an earlier one returned, to go on from.
+
+    Raises:
+        BadInput: It is of an older piste, which counted less.
     """
 
     def __init__(self, saved: Mapping[str, Any] | None = None) -> None:
@@ -40,6 +45,8 @@ class Tally:
                 "change": 0.0,
                 "updates": dict.fromkeys(PHASES, 0),
             }
+        elif "bins" not in saved:
+            raise BadInput("streams of images were begun by an older piste: begin anew with another --name")
         self.right, self.seen = dict(saved["right"]), dict(saved["seen"])
         self._bins = {name: [list(each) for each in bins] for name, bins in saved["bins"].items()}
         self._batches = [list(each) for each in saved["batches"]]
